@@ -1,0 +1,126 @@
+"""Transformer blocks of the class-conditional U-Net.
+
+Source: CompVis/latent-diffusion, ldm/modules/attention.py; the module names are
+those of that file, with `.N` written `_N`.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from d2dpm_jax.models import layers
+
+
+class CrossAttention(nn.Module):
+  """Multi-head attention from tokens to a context (to themselves if None)."""
+
+  num_heads: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, context: jax.Array | None = None
+  ) -> jax.Array:
+    """Maps float[B, L, D] and float[B, M, E] to float[B, L, D]."""
+    context = x if context is None else context
+    width = x.shape[-1]
+
+    def heads(tokens, name):
+      y = nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)(tokens)
+      return y.reshape(*y.shape[:2], self.num_heads, width // self.num_heads)
+
+    y = layers.attend(
+      heads(x, 'to_q'), heads(context, 'to_k'), heads(context, 'to_v')
+    )
+    y = y.reshape(x.shape)
+    return nn.Dense(width, dtype=self.dtype, name='to_out_0')(y)
+
+
+class GEGLU(nn.Module):
+  """A linear layer whose one half gates the other through an exact GELU."""
+
+  features: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = nn.Dense(2 * self.features, dtype=self.dtype, name='proj')(x)
+    y, gate = jnp.split(y, 2, axis=-1)
+    # PyTorch's GELU is the erf one; Flax's default is the tanh approximation.
+    return y * nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+  """GEGLU to four times the width, then back."""
+
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    width = x.shape[-1]
+    y = GEGLU(4 * width, dtype=self.dtype, name='net_0')(x)
+    return nn.Dense(width, dtype=self.dtype, name='net_2')(y)
+
+
+class BasicTransformerBlock(nn.Module):
+  """Self-attention, cross-attention and feed-forward, each pre-normalized.
+
+  Calling it depends on its arguments and parameters alone, so one block can be
+  applied by itself: `block.clone(parent=None, name=None).apply(...)`.
+  """
+
+  num_heads: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, context: jax.Array | None = None
+  ) -> jax.Array:
+    """Maps tokens to tokens.
+
+    Args:
+      x: float[B, L, D].
+      context: float[B, M, E], or None for attention to `x` in both places.
+
+    Returns:
+      float[B, L, D] in the compute dtype.
+    """
+    x = x.astype(self.dtype)
+    norm = layers.LayerNorm32
+    attention1 = CrossAttention(self.num_heads, self.dtype, name='attn1')
+    attention2 = CrossAttention(self.num_heads, self.dtype, name='attn2')
+    feed_forward = FeedForward(self.dtype, name='ff')
+    x = attention1(norm(name='norm1')(x)) + x
+    x = attention2(norm(name='norm2')(x), context) + x
+    return feed_forward(norm(name='norm3')(x)) + x
+
+
+class SpatialTransformer(nn.Module):
+  """Transformer blocks over the pixels of an image, with a residual around."""
+
+  num_heads: int
+  depth: int = 1
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, context: jax.Array | None = None
+  ) -> jax.Array:
+    """Maps float[B, H, W, C] and float[B, M, E] to float[B, H, W, C]."""
+    b, h, w, c = x.shape
+    if c % self.num_heads:
+      raise ValueError(f'{c} channels do not divide into {self.num_heads}.')
+    # Here 1e-6, where the rest of the U-Net has 1e-5.
+    y = layers.GroupNorm32(epsilon=1e-6, name='norm')(x)
+    y = layers.conv(c, 1, dtype=self.dtype, name='proj_in')(y)
+    y = y.reshape(b, h * w, c)
+    for i in range(self.depth):
+      block = BasicTransformerBlock(
+        self.num_heads, self.dtype, name=f'transformer_blocks_{i}'
+      )
+      y = block(y, context)
+    y = y.reshape(b, h, w, c)
+    out = layers.conv(c, 1, zero_init=True, dtype=self.dtype, name='proj_out')
+    return out(y) + x

@@ -1,0 +1,129 @@
+"""Pieces that the U-Net and the first stage share.
+
+Axis letters: `B` batch, `H W` space, `C` channels, `L` tokens, `N` heads,
+`D` width. Layout is NHWC, kernels are HWIO. Parameters are float32; `dtype` is
+the type that convolutions and linear layers compute in.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class GroupNorm32(nn.GroupNorm):
+  """Group norm with float32 statistics, as `GroupNorm32` in LDM.
+
+  The defaults are PyTorch's where Flax's differ: epsilon 1e-5 instead of 1e-6,
+  and the variance from centred values instead of E[x²] − E[x]², which cancels.
+  The result has the dtype of the input.
+  """
+
+  epsilon: float = 1e-5
+  dtype: Any = jnp.float32
+  use_fast_variance: bool = False
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return super().__call__(x).astype(x.dtype)
+
+
+class LayerNorm32(nn.LayerNorm):
+  """Layer norm with float32 statistics and PyTorch's defaults (see above)."""
+
+  epsilon: float = 1e-5
+  dtype: Any = jnp.float32
+  use_fast_variance: bool = False
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return super().__call__(x).astype(x.dtype)
+
+
+def conv(
+  features: int,
+  kernel: int = 3,
+  *,
+  stride: int = 1,
+  padding: tuple[int, int] | None = None,
+  zero_init: bool = False,
+  dtype: Any = jnp.float32,
+  name: str,
+) -> nn.Conv:
+  """A square convolution whose padding is always explicit.
+
+  Args:
+    features: output channels.
+    kernel: side of the kernel.
+    stride: step in both directions.
+    padding: rows (and columns) added before and after; `kernel // 2` on both
+      sides if None. Flax's 'SAME' would pad a stride-2 convolution on the right
+      and bottom only, where LDM's U-Net pads both sides.
+    zero_init: start from zeros, for layers that end a residual branch.
+    dtype: type to compute in.
+    name: module name, equal to LDM's.
+  """
+  before, after = padding or (kernel // 2, kernel // 2)
+  return nn.Conv(
+    features,
+    (kernel, kernel),
+    strides=(stride, stride),
+    padding=((before, after), (before, after)),
+    kernel_init=nn.initializers.zeros
+    if zero_init
+    else nn.linear.default_kernel_init,
+    dtype=dtype,
+    name=name,
+  )
+
+
+def timestep_embedding(t: jax.Array, features: int) -> jax.Array:
+  """Sinusoids of the timestep: all cosines first, then all sines.
+
+  Source: `timestep_embedding` in CompVis/latent-diffusion,
+  ldm/modules/diffusionmodules/util.py.
+
+  Args:
+    t: int or float[B], timesteps 0..999; fractions are allowed.
+    features: width of the result.
+
+  Returns:
+    float32[B, features]; an odd width ends with a zero.
+  """
+  half = features // 2
+  exponent = np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32)
+  # From the host: a one-ulp change of a frequency is 1000 times that in `args`.
+  frequencies = np.exp(exponent / np.float32(half)).astype(np.float32)
+  args = t.astype(jnp.float32)[:, None] * frequencies
+  embedding = jnp.concatenate([jnp.cos(args), jnp.sin(args)], axis=-1)
+  return jnp.pad(embedding, ((0, 0), (0, features - 2 * half)))
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Scaled dot-product attention with logits and softmax in float32.
+
+  Args:
+    q: float[B, L, N, D] queries.
+    k: float[B, M, N, D] keys.
+    v: float[B, M, N, D] values.
+
+  Returns:
+    float[B, L, N, D] in the dtype of `v`.
+  """
+  logits = jnp.einsum('blnd,bmnd->bnlm', q, k, preferred_element_type='float32')
+  weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
+  return jnp.einsum('bnlm,bmnd->blnd', weights.astype(v.dtype), v)
+
+
+def upsample_nearest(x: jax.Array) -> jax.Array:
+  """Repeats every pixel of float[B, H, W, C] 2 x 2 times."""
+  b, h, w, c = x.shape
+  x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+  return x.reshape(b, 2 * h, 2 * w, c)
+
+
+def average_pool(x: jax.Array) -> jax.Array:
+  """Means over 2 x 2 pixels of float[B, H, W, C], summed in float32."""
+  b, h, w, c = x.shape
+  x32 = x.astype(jnp.float32).reshape(b, h // 2, 2, w // 2, 2, c)
+  return x32.mean(axis=(2, 4)).astype(x.dtype)
