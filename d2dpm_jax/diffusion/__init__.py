@@ -1,0 +1,1 @@
+"""Noise schedules, DDIM coefficients and the sampler as one `lax.scan`."""
