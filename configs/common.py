@@ -1,0 +1,85 @@
+"""The fields that every experiment has, with the defaults they share."""
+
+import ml_collections
+
+# LDM's layer rules (DESIGN: first regex that fully matches a path wins).
+# 'w' and 'a' are weight and activation bits; 'bits' stands for the bits of
+# `quant.weight_bits` and `quant.act_bits`; None leaves a layer in float.
+FLOAT_LAYERS = r'(.*/)?(skip_connection|op)'
+EDGE_LAYERS = r'time_embed_0|input_blocks_0_0|out_2'
+
+
+def base_config() -> ml_collections.ConfigDict:
+  """Everything but the model, which each experiment adds."""
+  config = ml_collections.ConfigDict()
+  # Seed of everything random: noise, label order, mini-batches.
+  config.seed = 0
+
+  # Where the weights are: 'pretrained:mnist' (embedded), a directory written
+  # by --mode train or convert, or '' for <workdir>/params.
+  config.checkpoint = ml_collections.ConfigDict()
+  config.checkpoint.path = ''
+
+  # Denoising schedule of sampling and calibration.
+  config.sampler = ml_collections.ConfigDict()
+  config.sampler.steps = 20
+  config.sampler.eta = 0.0
+  config.sampler.guidance_scale = 3.0
+
+  config.quant = quant = ml_collections.ConfigDict()
+  quant.weight_bits = 4  # 2..8
+  quant.act_bits = 8  # 2..8; of the inputs of quantized layers
+  quant.edge_bits = 8  # weights and inputs of `edge_layers`
+  quant.edge_layers = EDGE_LAYERS  # regex: first and last layers
+  quant.float_layers = FLOAT_LAYERS  # regex: left in floating point
+  quant.per_channel = True  # weight ranges per output channel or per tensor
+  quant.weight_range = 'mse'  # 'mse' or 'max'
+  quant.act_range = 'mse'  # 'mse' or 'max'
+
+  # Modules whose weights are reconstructed together (BRECQ's blocks); every
+  # other quantized layer is reconstructed alone.
+  quant.block_types = ('ResBlock', 'BasicTransformerBlock')
+  # AdaRound weights, unit by unit; iters=0 is nearest rounding.
+  quant.rounding = ml_collections.ConfigDict(
+    dict(
+      iters=10_000,
+      batch_size=32,
+      learning_rate=1e-3,
+      regularizer=0.01,  # weight of the rounding regularizer (lambda)
+      warmup=0.2,  # share of the iterations without it
+      beta_start=20.0,
+      beta_end=2.0,
+      drop_prob=0.0,  # QDrop: share of activations left unquantized; 1 = all
+    )
+  )
+  # Activation step sizes, learned after the weights; iters=0 keeps the range.
+  quant.activation = ml_collections.ConfigDict(
+    dict(iters=5_000, batch_size=32, learning_rate=4e-4, p=2.4, init_samples=32)
+  )
+
+  # Inputs (x_t, t, c) of the full-precision sampler.
+  config.calibration = ml_collections.ConfigDict()
+  config.calibration.num_samples = 1024
+  config.calibration.timesteps = 'uniform'  # or 'normal' (PTQ4DM)
+  config.calibration.batch_size = 64  # trajectories at a time
+
+  # Joint Gaussian of (eps_q, eps_q - eps) per step.
+  config.statistics = ml_collections.ConfigDict()
+  config.statistics.num_samples = 1024
+  config.statistics.batch_size = 64
+  config.statistics.outlier_std = 4.0
+
+  config.sample = sample = ml_collections.ConfigDict()
+  sample.num_images = 64
+  sample.batch_size = 64  # images in flight per call, over all devices
+  # Images a device computes together, whatever the batch size: rounding
+  # decisions in a quantized network depend on the last bit of a sum, and so
+  # on the shape of the compiled program.
+  sample.microbatch = 8
+  sample.correction = 'd-d2'  # none, s-d2, d-d2, mean-only, ...
+  sample.channel_wise = False  # statistics per latent channel or per tensor
+  sample.absorb_variance = False  # s-d2 only; the official code leaves it off
+  sample.quantized = True  # False: the full-precision network
+  sample.labels = ()  # () is balanced over all classes; else cycled
+  sample.compare = False  # one picture: fp, quantized, s-d2, d-d2 in rows
+  return config

@@ -1,0 +1,131 @@
+"""The layout of a work directory, and writes that are never half done."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+  """Every path below one run's directory; no other module joins them."""
+
+  root: pathlib.Path
+
+  @classmethod
+  def at(cls, root: str | os.PathLike[str]) -> 'Workdir':
+    return cls(pathlib.Path(root).absolute())
+
+  @property
+  def config(self) -> pathlib.Path:
+    return self.root / 'config.json'
+
+  @property
+  def params(self) -> pathlib.Path:
+    return self.root / 'params'
+
+  @property
+  def quantized(self) -> pathlib.Path:
+    return self.root / 'quantized'
+
+  @property
+  def calibration(self) -> pathlib.Path:
+    return self.root / 'calibration'
+
+  @property
+  def error_model(self) -> pathlib.Path:
+    return self.root / 'error_model.npz'
+
+  @property
+  def samples(self) -> pathlib.Path:
+    return self.root / 'samples'
+
+  @property
+  def metrics(self) -> pathlib.Path:
+    return self.root / 'metrics.json'
+
+  @property
+  def events(self) -> pathlib.Path:
+    return self.root / 'events.jsonl'
+
+  @property
+  def training(self) -> pathlib.Path:
+    return self.root / 'training'
+
+
+@contextlib.contextmanager
+def atomic_write(
+  path: str | os.PathLike[str], mode: str = 'wb'
+) -> Iterator[IO[Any]]:
+  """Yields a file that appears under `path` whole or not at all.
+
+  Written beside the target, synced to disk, then renamed. If the body raises,
+  the temporary file is removed and an older `path` stays as it was.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  descriptor, temporary = tempfile.mkstemp(
+    dir=path.parent, prefix=f'.{path.name}.'
+  )
+  try:
+    with os.fdopen(descriptor, mode) as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    os.chmod(temporary, 0o666 & ~_umask())
+    os.replace(temporary, path)
+  except BaseException:
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(temporary)
+    raise
+
+
+def _umask() -> int:
+  value = os.umask(0)
+  os.umask(value)
+  return value
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+  with atomic_write(path, 'w') as file:
+    json.dump(content, file, indent=2, sort_keys=True)
+    file.write('\n')
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+  """Reads a JSON file.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is not JSON; the message names the file.
+  """
+  path = pathlib.Path(path)
+  try:
+    return json.loads(path.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f'{path} is not valid JSON ({error}).') from error
+
+
+def fingerprint(content: Mapping[str, Any]) -> str:
+  """A short hash of settings, independent of the order of their keys."""
+  text = json.dumps(content, sort_keys=True, default=list)
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(
+  saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ''
+) -> list[str]:
+  """Names every setting in which two nested mappings differ, both values."""
+  lines = []
+  for key in sorted(set(saved) | set(wanted)):
+    a, b = saved.get(key), wanted.get(key)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+      lines += differences(a, b, f'{prefix}{key}.')
+    elif json.dumps(a, default=list) != json.dumps(b, default=list):
+      lines.append(f'{prefix}{key}: saved {a!r}, now {b!r}')
+  return lines

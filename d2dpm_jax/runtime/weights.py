@@ -1,0 +1,111 @@
+"""Parameter trees on disk: one .safetensors file, or an Orbax directory."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from d2dpm_jax.runtime import files
+
+Params = dict[str, Any]
+
+_META = 'd2dpm_meta.json'
+
+
+def save_safetensors(
+  path: pathlib.Path,
+  params: Params,
+  meta: Mapping[str, Any],
+  dtype: Any = None,
+) -> None:
+  """Writes a nested parameter dict, atomically.
+
+  Args:
+    path: target file.
+    params: nested dict of arrays; names are joined with '/'.
+    meta: JSON-able facts about the weights, kept in the file's header.
+    dtype: storage type of the floating-point arrays; None keeps theirs.
+  """
+  flat = {}
+  for name, value in traverse_util.flatten_dict(params, sep='/').items():
+    value = np.asarray(value)
+    if dtype is not None and np.issubdtype(value.dtype, np.floating):
+      value = value.astype(dtype)
+    flat[name] = np.ascontiguousarray(value)
+  data = safetensors.numpy.save(flat, metadata={'meta': json.dumps(meta)})
+  with files.atomic_write(path) as file:
+    file.write(data)
+
+
+def load_safetensors(path: pathlib.Path) -> tuple[Params, dict[str, Any]]:
+  """Reads what `save_safetensors` wrote; float16 and float32 become float32.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: the file is not a .safetensors file of this project.
+  """
+  if not path.is_file():
+    raise FileNotFoundError(f'No weights at {path}.')
+  try:
+    with safetensors.safe_open(str(path), framework='numpy') as file:
+      meta = json.loads((file.metadata() or {}).get('meta', '{}'))
+      flat = {name: file.get_tensor(name) for name in file.keys()}
+  except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+    raise ValueError(
+      f'{path} is damaged or no .safetensors file: {error}'
+    ) from error
+  flat = {
+    k: v.astype(np.float32) if np.issubdtype(v.dtype, np.floating) else v
+    for k, v in flat.items()
+  }
+  return traverse_util.unflatten_dict(flat, sep='/'), meta
+
+
+def save_tree(path: pathlib.Path, tree: Any, meta: Mapping[str, Any]) -> None:
+  """Writes a pytree with Orbax and its metadata beside it, atomically."""
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(path.absolute() / 'tree', tree, force=True)
+  # Last, so that a directory with metadata is a complete one.
+  files.write_json(path / _META, meta)
+
+
+def load_tree(
+  path: pathlib.Path, like: Any = None
+) -> tuple[Any, dict[str, Any]]:
+  """Reads what `save_tree` wrote.
+
+  Args:
+    path: the directory.
+    like: a tree of the same structure with arrays or jax.ShapeDtypeStruct
+      leaves; None restores nested dicts of NumPy arrays as saved.
+
+  Returns:
+    The tree and its metadata.
+
+  Raises:
+    FileNotFoundError: the directory is missing or was not finished.
+    ValueError: what is there cannot be read, or has other shapes.
+  """
+  if not (path / _META).is_file():
+    raise FileNotFoundError(f'No complete checkpoint at {path}.')
+  meta = files.read_json(path / _META)
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      if like is None:
+        structure = checkpointer.metadata(path.absolute() / 'tree')
+        like = jax.tree.map(
+          lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+          structure.item_metadata.tree,
+        )
+      tree = checkpointer.restore(path.absolute() / 'tree', like)
+  except Exception as error:  # Orbax raises many kinds for a damaged file.
+    reason = str(error).splitlines()[0] if str(error) else repr(error)
+    raise ValueError(f'{path} cannot be read: {reason}') from error
+  return tree, meta

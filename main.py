@@ -1,0 +1,77 @@
+r"""Quantized latent diffusion with dual denoising (D2-DPM) in JAX/Flax.
+
+  python main.py --config configs/mnist.py --mode calibrate
+  python main.py --config configs/mnist.py --mode sample
+
+Modes:
+  train      trains the embedded MNIST models (configs/mnist.py)
+  calibrate  quantizes the network and fits its error model
+  sample     generates images with the quantized, corrected network
+
+Any field of a config can be set: --config.quant.weight_bits=8
+"""
+
+import difflib
+import importlib
+import logging
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+MODES = ('train', 'calibrate', 'sample')
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'An experiment, such as configs/mnist.py.', lock_config=True
+)
+_MODE = flags.DEFINE_string('mode', None, f'One of {", ".join(MODES)}.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'All output goes below it. Default: out/<config name>.'
+)
+_DEBUG = flags.DEFINE_bool(
+  'debug', False, 'Shows the traceback of an error, not only one line.'
+)
+
+
+def _pipeline(mode: str | None):
+  """Imports late: --help and flag errors need no JAX."""
+  if mode not in MODES:
+    close = difflib.get_close_matches(mode or '', MODES, 1)
+    hint = f' Did you mean {close[0]!r}?' if close else ''
+    raise ValueError(f'--mode {mode!r}: expected {", ".join(MODES)}.{hint}')
+  return importlib.import_module(f'd2dpm_jax.pipelines.{mode}')
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    raise ValueError(f'Unexpected arguments: {" ".join(argv[1:])}')
+  config = _CONFIG.value
+  if config is None:
+    raise ValueError('--config is missing; try --config configs/mnist.py.')
+  name = pathlib.Path(flags.FLAGS['config'].config_filename).stem
+  _pipeline(_MODE.value).run(config, _WORKDIR.value or f'out/{name}')
+
+
+def _one_line(error: BaseException) -> str:
+  text = ' '.join(str(error).split()) or type(error).__name__
+  return (
+    text
+    if isinstance(error, ValueError)
+    else (f'{type(error).__name__}: {text}')
+  )
+
+
+if __name__ == '__main__':
+  # Ours only: libraries report every file that they write at INFO level.
+  logging.basicConfig(format='%(message)s', level=logging.WARNING)
+  logging.getLogger('d2dpm_jax').setLevel(logging.INFO)
+  try:
+    app.run(main)
+  # What users can cause: bad values, files that are not there or not readable,
+  # unknown config fields.
+  except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
+    if '--debug' in sys.argv:
+      raise
+    sys.exit(f'error: {_one_line(error)}')
