@@ -1,0 +1,206 @@
+"""Corrections of a quantized noise estimate, all of one signature.
+
+    correct(eps_q, row, noise) -> (eps, residual_variance)
+
+`row` is one step of the table that `correction_rows` makes; `lax.scan` walks
+it. `residual_variance` is how much error, at best, is left in eps: the sampler
+takes its share out of the noise that it adds itself, and so ends up with the
+variance that the trajectory should have. It is the Python number 0 where
+nothing is to be absorbed, and then costs nothing.
+
+With mean and variance of the error d given eps_q (`gaussian.Conditional`),
+mu = gain * eps_q + bias and v:
+
+    none           eps_q
+    s_d2           eps_q - (mu + sqrt(v) * n), n ~ N(0, I); absorbs nothing, or
+                   2 v (one v of d, one of n) if `absorb`
+    d_d2           eps_q - mu; absorbs v
+    ptqd           (eps_q - bias_c) / (1 + k); absorbs the residual's variance
+    mean_only      d_d2 without absorption
+    variance_only  d_d2 without its mean: eps_q; absorbs v
+
+Letters: `B` batch, `H W` space, `C` channels, `S` sampling steps; `G` is C, or
+1 for what all channels share.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from d2dpm_jax.denoising import gaussian
+
+Residual = jax.Array | float
+
+
+class CorrectionRow(NamedTuple):
+  """eps = scale * eps_q - shift - noise_std * noise; None where not used.
+
+  As a table the leaves are float32[S, 1, 1, G], as one step's row [1, 1, G].
+  """
+
+  scale: Any = None
+  shift: Any = None
+  noise_std: Any = None
+  residual_variance: Any = None
+
+
+def none(
+  eps_q: jax.Array, row: CorrectionRow | None, noise: jax.Array | None
+) -> tuple[jax.Array, Residual]:
+  """The quantized network as it is."""
+  del row, noise
+  return eps_q, 0.0
+
+
+def s_d2(
+  eps_q: jax.Array, row: CorrectionRow, noise: jax.Array | None
+) -> tuple[jax.Array, Residual]:
+  """Subtracts a sample of the error (S-D2, arXiv:2501.08180).
+
+  Args:
+    eps_q: float32[B, H, W, C], after guidance.
+    row: of `correction_rows(model, 's_d2', ...)`.
+    noise: float32[B, H, W, C], standard normal, of a stream of its own.
+
+  Returns:
+    (float32[B, H, W, C], residual variance).
+
+  Raises:
+    ValueError: there is no noise.
+  """
+  if noise is None:
+    raise ValueError('s_d2 draws a sample of the error: noise is missing.')
+  eps = row.scale * eps_q - row.shift - row.noise_std * noise
+  absorbed = row.residual_variance
+  return eps, 0.0 if absorbed is None else absorbed
+
+
+def d_d2(
+  eps_q: jax.Array, row: CorrectionRow, noise: jax.Array | None
+) -> tuple[jax.Array, Residual]:
+  """Subtracts the error's mean, absorbs its variance (D-D2, same paper)."""
+  del noise
+  return row.scale * eps_q - row.shift, row.residual_variance
+
+
+def ptqd(
+  eps_q: jax.Array, row: CorrectionRow, noise: jax.Array | None
+) -> tuple[jax.Array, Residual]:
+  """The baseline PTQD (arXiv:2305.10657, Sec. 3.2 and 3.3).
+
+  It takes the error for d = k * eps + residual: the residual's mean per channel
+  is subtracted, the rest divided by 1 + k.
+  """
+  del noise
+  return row.scale * eps_q - row.shift, row.residual_variance
+
+
+def mean_only(
+  eps_q: jax.Array, row: CorrectionRow, noise: jax.Array | None
+) -> tuple[jax.Array, Residual]:
+  """Ablation: D-D2's mean, with the sampler's noise left alone."""
+  del noise
+  return row.scale * eps_q - row.shift, 0.0
+
+
+def variance_only(
+  eps_q: jax.Array, row: CorrectionRow, noise: jax.Array | None
+) -> tuple[jax.Array, Residual]:
+  """Ablation: D-D2's absorption, with eps_q left alone."""
+  del noise
+  return eps_q, row.residual_variance
+
+
+CORRECTIONS: dict[str, Callable[..., tuple[jax.Array, Residual]]] = {
+  'none': none,
+  's_d2': s_d2,
+  'd_d2': d_d2,
+  'ptqd': ptqd,
+  'mean_only': mean_only,
+  'variance_only': variance_only,
+}
+
+# Those that need noise of their own, from noise.Stream.ERROR.
+DRAWS_NOISE = frozenset({'s_d2'})
+
+
+def _ptqd_table(
+  model: gaussian.ErrorModel,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Scale, shift and residual variance of PTQD; float64[S, G].
+
+  k is the slope of d over eps, at least 0; one per tensor or per channel. The
+  residual's mean is always per channel, so with one k per tensor the variance
+  of these means, channels counted alike, is no longer part of what remains.
+  """
+
+  def columns(x):
+    return x.reshape(len(x), -1)
+
+  var_eps, cov_eps = columns(model.var_eps), columns(model.cov_eps)
+  k = np.divide(cov_eps, var_eps, out=np.zeros_like(cov_eps), where=var_eps > 0)
+  k = np.maximum(k, 0.0)
+  mean_d, mean_q = model.channel_mean_d, model.channel_mean_q
+  bias = mean_d - k * (mean_q - mean_d)
+  variance = columns(model.var_d) - 2 * k * cov_eps + k**2 * var_eps
+  if not model.channel_wise:
+    variance = variance - np.var(bias, axis=1, keepdims=True)
+  variance = np.maximum(variance, 0.0)
+  return 1 / (1 + k), bias / (1 + k), variance / (1 + k) ** 2
+
+
+def correction_rows(
+  error_model: gaussian.ErrorModel | None,
+  kind: str,
+  timesteps: Sequence[int] | np.ndarray,
+  absorb: bool = False,
+) -> CorrectionRow | None:
+  """Makes the table of a correction, computed in float64.
+
+  Args:
+    error_model: may be None for the kind 'none'.
+    kind: a key of CORRECTIONS.
+    timesteps: int[S] in sampling order, as in `Rows.t`.
+    absorb: for 's_d2': take 2 v out of the sampler's noise. This is commented
+      out in TaylorJocelyn/D2-DPM, and so off by default.
+
+  Returns:
+    CorrectionRow of float32[S, 1, 1, G], or None for 'none'.
+
+  Raises:
+    ValueError: the kind is unknown, `absorb` is set for another kind than
+      's_d2', there is no error model, or a timestep has no statistics.
+  """
+  if kind not in CORRECTIONS:
+    raise ValueError(f'Correction {kind!r}: expected one of {[*CORRECTIONS]}.')
+  if absorb and kind != 's_d2':
+    raise ValueError(f'absorb is an option of s_d2, not of {kind}.')
+  if kind == 'none':
+    return None
+  if error_model is None:
+    raise ValueError(f'Correction {kind!r} needs an error model.')
+  where = error_model.rows_of(timesteps)
+
+  def table(x):
+    x = x[where].reshape(len(where), 1, 1, -1)
+    return x.astype(np.float32)
+
+  if kind == 'ptqd':
+    scale, shift, variance = _ptqd_table(error_model)
+    return CorrectionRow(
+      table(scale), table(shift), residual_variance=table(variance)
+    )
+  gain, bias, variance = error_model.conditional()
+  row = CorrectionRow(table(1 - gain), table(bias))
+  if kind == 's_d2':
+    absorbed = table(2 * variance) if absorb else None
+    return row._replace(
+      noise_std=table(np.sqrt(variance)), residual_variance=absorbed
+    )
+  if kind == 'd_d2':
+    return row._replace(residual_variance=table(variance))
+  if kind == 'variance_only':
+    return CorrectionRow(residual_variance=table(variance))
+  return row
