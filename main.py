@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 MODES = ('train', 'calibrate', 'sample')
@@ -47,6 +48,9 @@ def _pipeline(mode: str | None):
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise ValueError(f'Unexpected arguments: {" ".join(argv[1:])}')
+  # Ours only: libraries report every file that they write at INFO level.
+  absl_logging.set_verbosity(absl_logging.WARNING)
+  logging.getLogger('d2dpm_jax').setLevel(logging.INFO)
   config = _CONFIG.value
   if config is None:
     raise ValueError('--config is missing; try --config configs/mnist.py.')
@@ -64,9 +68,6 @@ def _one_line(error: BaseException) -> str:
 
 
 if __name__ == '__main__':
-  # Ours only: libraries report every file that they write at INFO level.
-  logging.basicConfig(format='%(message)s', level=logging.WARNING)
-  logging.getLogger('d2dpm_jax').setLevel(logging.INFO)
   try:
     app.run(main)
   # What users can cause: bad values, files that are not there or not readable,

@@ -1,17 +1,13 @@
 """What every mode does first: build the model, find its weights, log both."""
 
-import importlib.resources
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import ml_collections
-import numpy as np
 
 from d2dpm_jax.models import latent_diffusion
 from d2dpm_jax.models.latent_diffusion import LatentDiffusion
-from d2dpm_jax.runtime import files, weights
+from d2dpm_jax.runtime import files
 
 _PRETRAINED = 'pretrained:'
 
