@@ -1,0 +1,1 @@
+"""Post-training quantization of Linen models: pure functions over pytrees."""
