@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_params import random_params
 
 from d2dpm_jax.models import attention, layers, unet
 
@@ -54,24 +55,11 @@ def _inputs(config, batch=2, size=8):
   return x.astype(np.float32), t, context
 
 
-def _random_like(params, seed=0):
-  """Parameters without the zeros that initialization has."""
-  rng = np.random.default_rng(seed)
-  return jax.tree.map(
-    lambda p: jnp.asarray(
-      rng.normal(size=p.shape) / max(1, np.prod(p.shape[:-1])) ** 0.5,
-      jnp.float32,
-    ),
-    params,
-  )
-
-
 @functools.cache
 def _model(family):
   model = unet.UNet(**SMALL[family])
   inputs = _inputs(SMALL[family])
-  shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-  return model, _random_like(shapes['params']), inputs
+  return model, random_params(model, *inputs)['params'], inputs
 
 
 def _count(tree):
@@ -131,24 +119,29 @@ def test_parameter_paths_are_those_of_the_checkpoints():
   assert set(block['attn1']['to_q']) == {'kernel'}
 
 
-@pytest.mark.parametrize('family', SMALL)
-def test_output_shape_dtype_and_batch_independence(family):
-  model, params, (x, t, context) = _model(family)
+@functools.cache
+def _eps(family):
+  model, params, inputs = _model(family)
   apply = jax.jit(model.apply)
-  eps = apply({'params': params}, x, t, context)
+  return apply, apply({'params': params}, *inputs)
+
+
+@pytest.mark.parametrize('family', SMALL)
+def test_images_of_a_batch_do_not_mix(family):
+  _, params, (x, t, context) = _model(family)
+  apply, eps = _eps(family)
   assert eps.shape == x.shape and eps.dtype == jnp.float32
-  first = None if context is None else context[:1]
-  alone = apply({'params': params}, x[:1], t[:1], first)
-  # Convolutions of another batch size may sum in another order.
-  np.testing.assert_allclose(eps[:1], alone, rtol=0, atol=2e-5)
+  swapped = None if context is None else context[::-1]
+  got = apply({'params': params}, x[::-1], t[::-1], swapped)
+  np.testing.assert_allclose(got[::-1], eps, rtol=0, atol=1e-5)
   assert np.abs(eps[0] - eps[1]).max() > 0.1
 
 
-@pytest.mark.parametrize('family', SMALL)
+@pytest.mark.parametrize('family', ['imagenet', 'lsun_churches'])
 def test_bfloat16_is_close_and_keeps_float32_outside(family):
   model, params, inputs = _model(family)
   low = model.clone(dtype=jnp.bfloat16)
-  want = jax.jit(model.apply)({'params': params}, *inputs)
+  _, want = _eps(family)
   got = jax.jit(low.apply)({'params': params}, *inputs)
   assert got.dtype == jnp.float32
   error = np.linalg.norm(got - want) / np.linalg.norm(want)
@@ -157,8 +150,14 @@ def test_bfloat16_is_close_and_keeps_float32_outside(family):
   assert {p.dtype for p in jax.tree.leaves(shapes)} == {jnp.dtype('float32')}
 
 
-@pytest.mark.parametrize('family', SMALL)
-def test_units_applied_alone_equal_units_in_the_network(family):
+@pytest.mark.parametrize(
+  'family,want',
+  [
+    ('imagenet', {'ResBlock', 'BasicTransformerBlock'}),
+    ('lsun_churches', {'ResBlock'}),
+  ],
+)
+def test_units_applied_alone_equal_units_in_the_network(family, want):
   model, params, inputs = _model(family)
   calls = []
 
@@ -174,9 +173,7 @@ def test_units_applied_alone_equal_units_in_the_network(family):
 
   with nn.intercept_methods(record):
     model.apply({'params': params}, *inputs)
-  blocks = {type(unit).__name__ for _, unit, _, _ in calls}
-  assert blocks >= {'ResBlock'}
-  assert ('BasicTransformerBlock' in blocks) == (family == 'imagenet')
+  assert {type(unit).__name__ for _, unit, _, _ in calls} == want
   for path, unit, args, out in calls:
     subtree = functools.reduce(lambda tree, key: tree[key], path, params)
     alone = unit.apply({'params': subtree}, *args)
@@ -184,13 +181,46 @@ def test_units_applied_alone_equal_units_in_the_network(family):
   assert len({unit for _, unit, _, _ in calls}) < len(calls)  # Equal ones are.
 
 
-def test_zero_initialized_layers_give_zero_noise():
-  model, _, inputs = _model('imagenet')
-  params = jax.jit(model.init)(jax.random.key(0), *inputs)
-  assert not np.asarray(model.apply(params, *inputs)).any()
-  blocks = params['params']['input_blocks_3_1']
-  assert not np.asarray(blocks['proj_out']['kernel']).any()
-  assert np.asarray(blocks['proj_in']['kernel']).any()
+@pytest.mark.parametrize(
+  'module',
+  [
+    unet.ResBlock(32),
+    unet.ResBlock(32, use_scale_shift_norm=True),
+    unet.AttentionBlock(num_heads=2),
+    attention.SpatialTransformer(num_heads=2),
+  ],
+)
+def test_residual_branches_start_at_zero(module):
+  x = np.random.default_rng(0).normal(size=(1, 2, 2, 32)).astype(np.float32)
+  args = (x, x[:, 0, 0]) if isinstance(module, unet.ResBlock) else (x,)
+  got, variables = jax.jit(module.init_with_output)(jax.random.key(0), *args)
+  np.testing.assert_array_equal(got, x)
+  kernels = [
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+    if path[-1].key == 'kernel'
+  ]
+  assert sum(not np.asarray(k).any() for k in kernels) == 1
+
+
+@pytest.mark.parametrize('resample,size', [('up', 8), ('down', 2), ('', 4)])
+def test_res_block_resamples(resample, size):
+  block = unet.ResBlock(32, resample=resample)
+  x = np.arange(4 * 4 * 32, dtype=np.float32).reshape(1, 4, 4, 32)
+  params = random_params(block, x, x[:, 0, 0])
+  params['params']['out_layers_3'] = {
+    'kernel': np.zeros((3, 3, 32, 32)),
+    'bias': np.zeros(32),
+  }
+  got = jax.jit(block.apply)(params, x, x[:, 0, 0])
+  want = {
+    'up': x.repeat(2, 1).repeat(2, 2),
+    'down': (x[:, ::2] + x[:, 1::2])[:, :, ::2] / 4
+    + (x[:, ::2] + x[:, 1::2])[:, :, 1::2] / 4,
+    '': x,
+  }[resample]
+  assert got.shape == (1, size, size, 32)
+  np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_transformer_depth_adds_blocks():
