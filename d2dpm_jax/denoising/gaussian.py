@@ -339,11 +339,12 @@ class ErrorModel:
     Raises:
       ValueError: names each setting that differs, with both values.
     """
-    differences = [
-      f'{key}: {self.settings.get(key, "nothing")!r}, not {value!r}'
-      for key, value in json.loads(_canonical(dict(expected))).items()
-      if key not in self.settings or self.settings[key] != value
-    ]
+    differences = []
+    for key, value in json.loads(_canonical(dict(expected))).items():
+      if key not in self.settings:
+        differences.append(f'{key}: nothing, not {value!r}')
+      elif self.settings[key] != value:
+        differences.append(f'{key}: {self.settings[key]!r}, not {value!r}')
     if differences:
       raise ValueError(
         f'The error model was made for {"; ".join(differences)}.'
