@@ -31,7 +31,7 @@ Pairs = Callable[[], Iterable[tuple[Any, Any]]]
 class Moments(NamedTuple):
   """Mergeable sums over elements, one entry per channel or per tensor."""
 
-  count: np.ndarray  # int64
+  count: Any  # int64
   mean_q: np.ndarray  # float64, mean of eps_q.
   mean_d: np.ndarray  # float64, mean of d.
   sum_qq: np.ndarray  # float64, sum of (eps_q - mean_q)**2.
@@ -55,7 +55,7 @@ class Fit(NamedTuple):
   var_q: np.ndarray
   var_d: np.ndarray
   cov: np.ndarray
-  count: np.ndarray
+  count: Any
   outlier_share: np.ndarray
   channel_mean_q: np.ndarray
   channel_mean_d: np.ndarray
