@@ -39,22 +39,27 @@ def base_config() -> ml_collections.ConfigDict:
   # Modules whose weights are reconstructed together (BRECQ's blocks); every
   # other quantized layer is reconstructed alone.
   quant.block_types = ('ResBlock', 'BasicTransformerBlock')
-  # AdaRound weights, unit by unit; iters=0 is nearest rounding.
-  quant.rounding = ml_collections.ConfigDict(
+  # AdaRound weights, then activation step sizes, unit by unit. These are the
+  # fields of d2dpm_jax.quantization.adaround.Settings, with the paper's values.
+  quant.reconstruction = ml_collections.ConfigDict(
     dict(
-      iters=10_000,
+      iters=10_000,  # per unit; 0 is nearest rounding
       batch_size=32,
-      learning_rate=1e-3,
-      regularizer=0.01,  # weight of the rounding regularizer (lambda)
-      warmup=0.2,  # share of the iterations without it
-      beta_start=20.0,
-      beta_end=2.0,
-      drop_prob=0.0,  # QDrop: share of activations left unquantized; 1 = all
+      lr=1e-3,  # Adam, of the rounding variables
+      rounding_weight=0.01,  # lambda, of the rounding regularizer
+      warmup=0.2,  # share of the iterations without the regularizer
+      beta_start=20.0,  # its exponent after warm-up
+      beta_end=2.0,  # and at the end
+      p=2.0,  # norm of the reconstruction loss
+      asymmetric=True,  # inputs from the network quantized so far
+      drop_prob=0.0,  # QDrop: share of activation elements left in float
+      act_iters=5_000,  # per unit; 0 keeps the searched ranges
+      act_batch_size=32,
+      act_lr=4e-4,  # Adam with cosine decay, of the step sizes
+      act_p=2.4,
+      act_asymmetric=False,
+      act_init_samples=32,  # for the range search
     )
-  )
-  # Activation step sizes, learned after the weights; iters=0 keeps the range.
-  quant.activation = ml_collections.ConfigDict(
-    dict(iters=5_000, batch_size=32, learning_rate=4e-4, p=2.4, init_samples=32)
   )
 
   # Inputs (x_t, t, c) of the full-precision sampler.

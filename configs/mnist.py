@@ -72,8 +72,14 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     )
   )
   if arg == 'fast':
-    config.quant.rounding.update(iters=100, batch_size=16, learning_rate=2e-2)
-    config.quant.activation.update(iters=50, batch_size=16, learning_rate=4e-3)
+    config.quant.reconstruction.update(
+      iters=100,
+      batch_size=16,
+      lr=2e-2,
+      act_iters=50,
+      act_lr=4e-3,
+      act_batch_size=16,
+    )
     config.calibration.num_samples = 128
     config.statistics.num_samples = 128
   return config

@@ -12,12 +12,12 @@ With mean and variance of the error d given eps_q (`gaussian.Conditional`),
 mu = gain * eps_q + bias and v:
 
     none           eps_q
-    s_d2           eps_q - (mu + sqrt(v) * n), n ~ N(0, I); absorbs nothing, or
+    s-d2           eps_q - (mu + sqrt(v) * n), n ~ N(0, I); absorbs nothing, or
                    2 v (one v of d, one of n) if `absorb`
-    d_d2           eps_q - mu; absorbs v
+    d-d2           eps_q - mu; absorbs v
     ptqd           (eps_q - bias_c) / (1 + k); absorbs the residual's variance
-    mean_only      d_d2 without absorption
-    variance_only  d_d2 without its mean: eps_q; absorbs v
+    mean-only      d-d2 without absorption
+    variance-only  d-d2 without its mean: eps_q; absorbs v
 
 Letters: `B` batch, `H W` space, `C` channels, `S` sampling steps; `G` is C, or
 1 for what all channels share.
@@ -61,7 +61,7 @@ def s_d2(
 
   Args:
     eps_q: float32[B, H, W, C], after guidance.
-    row: of `correction_rows(model, 's_d2', ...)`.
+    row: of `correction_rows(model, 's-d2', ...)`.
     noise: float32[B, H, W, C], standard normal, of a stream of its own.
 
   Returns:
@@ -71,7 +71,7 @@ def s_d2(
     ValueError: there is no noise.
   """
   if noise is None:
-    raise ValueError('s_d2 draws a sample of the error: noise is missing.')
+    raise ValueError('s-d2 draws a sample of the error: noise is missing.')
   eps = row.scale * eps_q - row.shift - row.noise_std * noise
   absorbed = row.residual_variance
   return eps, 0.0 if absorbed is None else absorbed
@@ -115,15 +115,15 @@ def variance_only(
 
 CORRECTIONS: dict[str, Callable[..., tuple[jax.Array, Residual]]] = {
   'none': none,
-  's_d2': s_d2,
-  'd_d2': d_d2,
+  's-d2': s_d2,
+  'd-d2': d_d2,
   'ptqd': ptqd,
-  'mean_only': mean_only,
-  'variance_only': variance_only,
+  'mean-only': mean_only,
+  'variance-only': variance_only,
 }
 
 # Those that need noise of their own, from noise.Stream.ERROR.
-DRAWS_NOISE = frozenset({'s_d2'})
+DRAWS_NOISE = frozenset({'s-d2'})
 
 
 def _ptqd_table(
@@ -163,7 +163,7 @@ def correction_rows(
     error_model: may be None for the kind 'none'.
     kind: a key of CORRECTIONS.
     timesteps: int[S] in sampling order, as in `Rows.t`.
-    absorb: for 's_d2': take 2 v out of the sampler's noise. This is commented
+    absorb: for 's-d2': take 2 v out of the sampler's noise. This is commented
       out in TaylorJocelyn/D2-DPM, and so off by default.
 
   Returns:
@@ -171,12 +171,12 @@ def correction_rows(
 
   Raises:
     ValueError: the kind is unknown, `absorb` is set for another kind than
-      's_d2', there is no error model, or a timestep has no statistics.
+      's-d2', there is no error model, or a timestep has no statistics.
   """
   if kind not in CORRECTIONS:
     raise ValueError(f'Correction {kind!r}: expected one of {[*CORRECTIONS]}.')
-  if absorb and kind != 's_d2':
-    raise ValueError(f'absorb is an option of s_d2, not of {kind}.')
+  if absorb and kind != 's-d2':
+    raise ValueError(f'absorb is an option of s-d2, not of {kind}.')
   if kind == 'none':
     return None
   if error_model is None:
@@ -194,13 +194,13 @@ def correction_rows(
     )
   gain, bias, variance = error_model.conditional()
   row = CorrectionRow(table(1 - gain), table(bias))
-  if kind == 's_d2':
+  if kind == 's-d2':
     absorbed = table(2 * variance) if absorb else None
     return row._replace(
       noise_std=table(np.sqrt(variance)), residual_variance=absorbed
     )
-  if kind == 'd_d2':
+  if kind == 'd-d2':
     return row._replace(residual_variance=table(variance))
-  if kind == 'variance_only':
+  if kind == 'variance-only':
     return CorrectionRow(residual_variance=table(variance))
   return row

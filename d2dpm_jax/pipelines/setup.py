@@ -1,15 +1,57 @@
 """What every mode does first: build the model, find its weights, log both."""
 
+import dataclasses
+import hashlib
+import importlib.resources
+import logging
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import ml_collections
+import numpy as np
+from flax import traverse_util
 
 from d2dpm_jax.models import latent_diffusion
 from d2dpm_jax.models.latent_diffusion import LatentDiffusion
-from d2dpm_jax.runtime import files
+from d2dpm_jax.pipelines.generation import SamplerSettings
+from d2dpm_jax.runtime import files, weights
 
+_log = logging.getLogger(__name__)
 _PRETRAINED = 'pretrained:'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A full-precision model, ready to run.
+
+  Attributes:
+    config: what it was loaded with; the defaults of calibration and sampling.
+    ldm: the architecture.
+    params: its parameters, see `LatentDiffusion`.
+    digest: short hash of the parameters.
+  """
+
+  config: ml_collections.ConfigDict
+  ldm: LatentDiffusion
+  params: Any
+  digest: str
+
+  @property
+  def sampler(self) -> SamplerSettings:
+    return SamplerSettings(**plain(self.config.sampler))
+
+  @property
+  def num_classes(self) -> int:
+    """Real classes, without the null class; 0 for an unconditional model."""
+    return 0 if self.ldm.cond_stage is None else self.ldm.null_label
+
+  def identity(self) -> dict[str, Any]:
+    """What artifacts made from this model depend on."""
+    architecture = plain(self.config.model)
+    architecture.pop('dtype')  # Compute dtype: the weights stay the same.
+    return {'model': architecture, 'weights': self.digest}
 
 
 def plain(config: Any) -> Any:
@@ -34,3 +76,80 @@ def begin(config: ml_collections.ConfigDict, paths: files.Workdir) -> None:
 def build(config: ml_collections.ConfigDict) -> LatentDiffusion:
   """The architecture that `config.model` describes."""
   return latent_diffusion.from_config(plain(config.model))
+
+
+def load(
+  config: ml_collections.ConfigDict, paths: files.Workdir | None = None
+) -> Model:
+  """Builds the model and reads its weights.
+
+  Args:
+    config: an experiment; `checkpoint.path` says where the weights are.
+    paths: where `checkpoint.path = ''` looks.
+
+  Raises:
+    FileNotFoundError: there are no weights at that place.
+    ValueError: they cannot be read or belong to another architecture.
+  """
+  ldm = build(config)
+  where = config.checkpoint.path
+  params, path = _read_weights(where, paths)
+  _check_shapes(params, jax.eval_shape(ldm.init, jax.random.key(0)), path)
+  model = Model(config, ldm, jax.tree.map(np.asarray, params), _digest(params))
+  count = sum(x.size for x in jax.tree.leaves(params['unet']))
+  _log.info('Model: %s, U-Net of %.2f M parameters', path, count / 1e6)
+  return model
+
+
+def _read_weights(
+  where: str, paths: files.Workdir | None
+) -> tuple[Any, pathlib.Path]:
+  if where.startswith(_PRETRAINED):
+    name = f'{where.removeprefix(_PRETRAINED)}_ldm.safetensors'
+    folder = importlib.resources.files('d2dpm_jax') / 'pretrained'
+    path = pathlib.Path(str(folder)) / name
+    if not path.is_file():
+      known = sorted(p.name for p in path.parent.glob('*_ldm.safetensors'))
+      raise FileNotFoundError(
+        f'--config.checkpoint.path={where}: there is no embedded model of '
+        f'that name; there are {known}.'
+      )
+    return weights.load_safetensors(path)[0], path
+  if not where and paths is None:
+    raise ValueError('config.checkpoint.path is not set.')
+  path = pathlib.Path(where) if where or paths is None else paths.params
+  if path.suffix == '.safetensors':
+    return weights.load_safetensors(path)[0], path
+  try:
+    return weights.load_tree(path)[0], path
+  except FileNotFoundError as error:
+    raise FileNotFoundError(
+      f'No weights at {path}. Set --config.checkpoint.path to a '
+      ".safetensors file or an Orbax directory, or to 'pretrained:mnist'."
+    ) from error
+
+
+def _check_shapes(params: Any, wanted: Any, path: pathlib.Path) -> None:
+  """Raises ValueError naming every parameter that is not as it should be."""
+  have = traverse_util.flatten_dict(params, sep='/')
+  want = traverse_util.flatten_dict(wanted, sep='/')
+  problems = [f'{name} is missing' for name in sorted(set(want) - set(have))]
+  problems += [f'{name} is unknown' for name in sorted(set(have) - set(want))]
+  problems += [
+    f'{name} is {np.shape(have[name])}, not {want[name].shape}'
+    for name in sorted(set(have) & set(want))
+    if np.shape(have[name]) != want[name].shape
+  ]
+  if problems:
+    shown = '; '.join(problems[:5])
+    more = f'; and {len(problems) - 5} more' if len(problems) > 5 else ''
+    raise ValueError(f'{path} does not fit config.model: {shown}{more}.')
+
+
+def _digest(params: Any) -> str:
+  digest = hashlib.sha256()
+  flat = traverse_util.flatten_dict(params, sep='/')
+  for name in sorted(flat):
+    digest.update(name.encode())
+    digest.update(np.ascontiguousarray(flat[name]).data)
+  return digest.hexdigest()[:16]

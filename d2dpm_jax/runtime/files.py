@@ -38,8 +38,12 @@ class Workdir:
     return self.root / 'calibration'
 
   @property
-  def error_model(self) -> pathlib.Path:
-    return self.root / 'error_model.npz'
+  def trajectories(self) -> pathlib.Path:
+    return self.calibration / 'trajectories'
+
+  def error_model(self, kind: str) -> pathlib.Path:
+    """Of the 'tensor' or 'channel' statistics."""
+    return self.root / f'error_model_{kind}.npz'
 
   @property
   def samples(self) -> pathlib.Path:

@@ -38,7 +38,7 @@ def save_safetensors(
     value = np.asarray(value)
     if dtype is not None and np.issubdtype(value.dtype, np.floating):
       value = value.astype(dtype)
-    flat[name] = np.ascontiguousarray(value)
+    flat[name] = np.asarray(value, order='C')  # Keeps 0-d arrays 0-d.
   data = safetensors.numpy.save(flat, metadata={'meta': json.dumps(meta)})
   with files.atomic_write(path) as file:
     file.write(data)

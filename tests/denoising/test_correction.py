@@ -90,7 +90,7 @@ def _run(kind, model, eta, absorb=False, sample=_jitted):
 
 class TrajectoryTest(parameterized.TestCase):
   @parameterized.product(
-    kind=(*correction.CORRECTIONS, 's_d2_absorb'),
+    kind=(*correction.CORRECTIONS, 's-d2_absorb'),
     grouping=('tensor', 'channel'),
     eta=(0.0, 1.0),
   )
@@ -99,7 +99,7 @@ class TrajectoryTest(parameterized.TestCase):
     name = kind.removesuffix('_absorb')
     x_0, xs = _run(name, _model(grouping), eta, absorb)
     golden = np.load(_GOLDEN)
-    key = f'{grouping}_{kind}_eta{eta:g}'
+    key = f'{grouping}_{kind}_eta{eta:g}'.replace('-', '_')
     # float32 against float64; x reaches 20 on the way.
     np.testing.assert_allclose(
       xs[np.array([5, 10, 13])], golden[f'{key}_x'], rtol=1e-5, atol=1e-5
@@ -132,7 +132,7 @@ class TrajectoryTest(parameterized.TestCase):
           else:
             self.assertGreater(difference, 1e-3, (a, b))
 
-  @parameterized.parameters('s_d2', 'd_d2')
+  @parameterized.parameters('s-d2', 'd-d2')
   def test_scan_equals_python_loop(self, kind):
     model, rows, golden = _model('channel'), _rows(1.0), np.load(_GOLDEN)
     table = correction.correction_rows(model, kind, rows.t)
@@ -197,7 +197,7 @@ class TruthTest(parameterized.TestCase):
   """On data that are Gaussian the promised residual is what is left."""
 
   @parameterized.product(
-    kind=('d_d2', 's_d2', 'ptqd', 'variance_only'),
+    kind=('d-d2', 's-d2', 'ptqd', 'variance-only'),
     channel_wise=(False, True),
   )
   def test_residual_variance(self, kind, channel_wise):
@@ -210,7 +210,7 @@ class TruthTest(parameterized.TestCase):
     eps_q = (eps + d).astype(np.float32)
     eps = eps.astype(np.float32)
     model = gaussian.fit([1], lambda t: [(eps_q, eps)], channel_wise, np.inf)
-    table = correction.correction_rows(model, kind, [1], kind == 's_d2')
+    table = correction.correction_rows(model, kind, [1], kind == 's-d2')
     row = jax.tree.map(lambda leaf: leaf[0], table)
     noise = rng.normal(size=shape).astype(np.float32)
     got, residual = correction.CORRECTIONS[kind](eps_q, row, noise)
@@ -218,14 +218,14 @@ class TruthTest(parameterized.TestCase):
     left = np.asarray(got, np.float64) - eps
     before = np.mean(np.square(np.float64(eps_q) - eps), axes)
     after = np.mean(np.square(left), axes)
-    if kind == 'variance_only':  # Takes d_d2's residual, corrects nothing.
-      d_d2 = correction.correction_rows(model, 'd_d2', [1])
+    if kind == 'variance-only':  # Takes d_d2's residual, corrects nothing.
+      d_d2 = correction.correction_rows(model, 'd-d2', [1])
       np.testing.assert_array_equal(residual, d_d2.residual_variance[0])
       np.testing.assert_array_equal(got, eps_q)
       return
     # 2 % is more than five standard errors of a variance of 25 600 numbers.
     np.testing.assert_allclose(np.squeeze(residual), after, rtol=0.02)
-    if kind != 's_d2':
+    if kind != 's-d2':
       self.assertLess(np.max(after / before), 0.9)
 
 
@@ -250,9 +250,9 @@ class RowsTest(parameterized.TestCase):
 
   def test_follow_the_timesteps_asked_for(self):
     model = _model('channel')
-    want = correction.correction_rows(model, 'd_d2', model.timesteps)
+    want = correction.correction_rows(model, 'd-d2', model.timesteps)
     order = np.random.default_rng(0).permutation(20)[:7]
-    got = correction.correction_rows(model, 'd_d2', model.timesteps[order])
+    got = correction.correction_rows(model, 'd-d2', model.timesteps[order])
     jax.tree.map(
       lambda g, w: np.testing.assert_array_equal(g, w[order]), got, want
     )
@@ -280,11 +280,11 @@ class RowsTest(parameterized.TestCase):
   def test_refuses(self):
     model = _model('tensor')
     for message, args in (
-      (r'timesteps \[52\]', (model, 'd_d2', [951, 52])),
-      ("'d-d2': expected one of", (model, 'd-d2', [951])),
+      (r'timesteps \[52\]', (model, 'd-d2', [951, 52])),
+      ("'d_d2': expected one of", (model, 'd_d2', [951])),
       ('needs an error model', (None, 'ptqd', [951])),
-      ('option of s_d2, not of d_d2', (model, 'd_d2', [951], True)),
-      ('option of s_d2, not of none', (None, 'none', [951], True)),
+      ('option of s-d2, not of d-d2', (model, 'd-d2', [951], True)),
+      ('option of s-d2, not of none', (None, 'none', [951], True)),
     ):
       with self.assertRaisesRegex(ValueError, message):
         correction.correction_rows(*args)

@@ -1,0 +1,45 @@
+# Needs only Python 3.11 or 3.12; makes its own virtual environment once.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+WORKDIR ?= out/demo
+CONFIG := configs/mnist.py
+# One process a core, and no oversubscription inside each.
+TEST_WORKERS ?= 2
+
+.PHONY: demo test test-slow lint types format clean help
+
+help:  ## Lists the targets.
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
+
+$(VENV)/.run: requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else f"Python {v[0]}.{v[1]} is not supported; run: make PYTHON=python3.12 ...")'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/.run  ## Calibrates the embedded model and draws the comparison.
+	$(RUN) main.py --config $(CONFIG) --mode calibrate --workdir $(WORKDIR)
+	$(RUN) main.py --config $(CONFIG) --mode sample --workdir $(WORKDIR) --config.sample.compare=True
+	@echo 'Look at $(WORKDIR)/samples/compare.png'
+
+test: $(VENV)/.dev  ## Runs the tests: 2 cores, under 10 minutes.
+	$(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+lint: $(VENV)/.dev  ## Checks style.
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.dev  ## Checks types.
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.dev  ## Formats the code.
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## Removes the virtual environment and the demo's output.
+	rm -rf $(VENV) out/demo

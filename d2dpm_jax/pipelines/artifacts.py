@@ -1,0 +1,122 @@
+"""What calibration leaves behind: quantizers and error models, on disk."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from d2dpm_jax.denoising import gaussian
+from d2dpm_jax.pipelines import setup
+from d2dpm_jax.quantization import transform
+from d2dpm_jax.runtime import files, weights
+
+FORMAT = 1
+# Fields of config.quant that decide what the quantized network is; the others
+# only say how it was found.
+_STRUCTURE = (
+  'weight_bits',
+  'act_bits',
+  'edge_bits',
+  'edge_layers',
+  'float_layers',
+  'per_channel',
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantized:
+  """A model with quantizers and error models; what sampling takes.
+
+  Attributes:
+    model: the full-precision model that the quantizers belong to.
+    qstate: path -> quantizers of `quantization.transform`; empty for the
+      full-precision network itself.
+    error_models: 'tensor' and 'channel' -> joint Gaussians of all steps.
+  """
+
+  model: setup.Model
+  qstate: transform.QuantState
+  error_models: Mapping[str, gaussian.ErrorModel]
+
+  def error_model(self, channel_wise: bool) -> gaussian.ErrorModel:
+    """The statistics that a correction uses.
+
+    Raises:
+      ValueError: there are none, or they were made for another sampler.
+    """
+    kind = 'channel' if channel_wise else 'tensor'
+    if kind not in self.error_models:
+      raise ValueError(
+        'There are no error statistics for a correction: run --mode '
+        "calibrate, or set --config.sample.correction='none'."
+      )
+    found = self.error_models[kind]
+    found.check({'sampler': sampler_settings(self.model)})
+    return found
+
+
+def full_precision(model: setup.Model) -> Quantized:
+  return Quantized(model, {}, {})
+
+
+def structure(model: setup.Model) -> dict[str, Any]:
+  """Settings that the quantized network depends on."""
+  quant = setup.plain(model.config.quant)
+  return {
+    'format': FORMAT,
+    **model.identity(),
+    'quant': {name: quant[name] for name in _STRUCTURE},
+  }
+
+
+def sampler_settings(model: setup.Model) -> dict[str, Any]:
+  """Settings that error statistics depend on."""
+  return setup.plain(model.config.sampler)
+
+
+def save(quantized: Quantized, paths: files.Workdir) -> None:
+  """Writes quantizers (Orbax) and error models (.npz)."""
+  for kind, error_model in quantized.error_models.items():
+    error_model.save(paths.error_model(kind))
+  # Last: a directory with quantizers is a finished calibration.
+  tree = {
+    # Orbax takes '/' in a name for a folder.
+    path.replace('/', '.'): sides
+    for path, sides in transform.state_to_arrays(quantized.qstate).items()
+  }
+  weights.save_tree(
+    paths.quantized, jax.device_get(tree), structure(quantized.model)
+  )
+
+
+def load(model: setup.Model, paths: files.Workdir) -> Quantized:
+  """Reads what `save` wrote.
+
+  Raises:
+    FileNotFoundError: this work directory has no finished calibration.
+    ValueError: it was made for another model, other bits or another format;
+      the message names both values.
+  """
+  try:
+    tree, saved = weights.load_tree(paths.quantized)
+  except FileNotFoundError as error:
+    raise FileNotFoundError(
+      f'{paths.root} holds no finished calibration. Run the same command with '
+      '--mode calibrate first, or name its directory with --workdir.'
+    ) from error
+  different = files.differences(saved, structure(model))
+  if different:
+    raise ValueError(
+      f'The calibration in {paths.root} was made with other settings: '
+      f'{"; ".join(different)}. Use these, or calibrate in another --workdir.'
+    )
+  qstate = transform.state_from_arrays(
+    {path.replace('.', '/'): sides for path, sides in tree.items()}
+  )
+  error_models = {
+    kind: gaussian.ErrorModel.load(paths.error_model(kind), structure(model))
+    for kind in ('tensor', 'channel')
+  }
+  return Quantized(model, jax.tree.map(np.asarray, qstate), error_models)

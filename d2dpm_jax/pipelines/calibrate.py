@@ -1,0 +1,240 @@
+"""`--mode calibrate`: quantizes the network and fits its error model."""
+
+import logging
+import pathlib
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from d2dpm_jax.denoising import gaussian
+from d2dpm_jax.diffusion import noise
+from d2dpm_jax.pipelines import artifacts, generation, setup, trajectories
+from d2dpm_jax.quantization import adaround, policy, reconstruction, transform
+from d2dpm_jax.runtime import files, progress
+
+_log = logging.getLogger(__name__)
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Writes quantized/ and error_model_*.npz into the work directory."""
+  paths = files.Workdir.at(workdir)
+  model = setup.load(config, paths)
+  setup.begin(config, paths)
+  calibrate(model, paths)
+  _log.info('Wrote %s. Next: --mode sample', paths.quantized)
+
+
+def calibrate(model: setup.Model, paths: files.Workdir) -> artifacts.Quantized:
+  """The whole method: trajectories, quantizers, error statistics.
+
+  Every phase keeps what it has finished in `paths.calibration`; the same call
+  after an interruption goes on there.
+
+  Raises:
+    ValueError: bad settings, or `paths` holds a calibration made with others.
+  """
+  config = model.config
+  trajectories.claim(paths.calibration, _settings(model))
+  times: dict[str, float] = {}
+  with progress.timed(times, 'trajectories'):
+    spool = trajectories.collect(
+      model,
+      max(config.calibration.num_samples, config.statistics.num_samples),
+      config.calibration.batch_size,
+      config.sample.microbatch,
+      paths.trajectories,
+    )
+  with progress.timed(times, 'quantization'):
+    qstate = quantize(model, spool, paths)
+  with progress.timed(times, 'statistics'):
+    error_models = fit_errors(model, qstate, spool, paths)
+  quantized = artifacts.Quantized(model, qstate, error_models)
+  artifacts.save(quantized, paths)
+  for name, seconds in times.items():
+    _log.info('%-13s %7.1f s', name, seconds)
+  return quantized
+
+
+def _settings(model: setup.Model) -> dict[str, Any]:
+  """Everything that the arrays of a calibration depend on."""
+  names = ('seed', 'sampler', 'quant', 'calibration', 'statistics')
+  return {
+    **artifacts.structure(model),
+    **{name: setup.plain(model.config[name]) for name in names},
+    'microbatch': model.config.sample.microbatch,
+  }
+
+
+def layer_policy(model: setup.Model) -> policy.Policy:
+  """Bits of every layer of the U-Net; see `config.quant`."""
+  quant = model.config.quant
+  edge = dict(w=quant.edge_bits, a=quant.edge_bits, reconstruct=False)
+  rules = [
+    (quant.edge_layers, edge),
+    (quant.float_layers, None),
+    ('.*', dict(w=quant.weight_bits, a=quant.act_bits)),
+  ]
+  layers = transform.list_layers(
+    model.ldm.unet.apply, *_example_arguments(model)
+  )
+  table = policy.build_policy(layers, [r for r in rules if r[0]])
+  _log.info('%s', policy.format_policy(table, layers))
+  return table
+
+
+def _example_arguments(model: setup.Model) -> tuple[Any, ...]:
+  """Variables and inputs of the U-Net for one image."""
+  context = None
+  if model.ldm.cond_stage is not None:
+    context = np.zeros([1, 1, model.ldm.cond_stage.embed_dim], np.float32)
+  x = np.zeros([1, *model.ldm.latent_shape], np.float32)
+  variables = {'params': model.params['unet']}
+  return variables, x, np.zeros([1], np.int32), context
+
+
+def quantize(
+  model: setup.Model, spool: trajectories.Trajectories, paths: files.Workdir
+) -> transform.QuantState:
+  """Ranges, rounding and step sizes of the U-Net, unit by unit.
+
+  A unit is stored when it is done; units that are there are taken over.
+  """
+  config = model.config
+  table = layer_policy(model)
+  timesteps = generation.rows_of(model.ldm, model.sampler).t
+  x, t, labels = trajectories.network_inputs(
+    spool,
+    config.calibration.num_samples,
+    model,
+    timesteps,
+    config.seed,
+    config.calibration.timesteps,
+  )
+  context = ()
+  if model.ldm.cond_stage is not None:
+    context = (np.asarray(model.ldm.context(model.params, labels)),)
+  variables = {'params': model.params['unet']}
+  inputs = (x, t, *context)
+  block_types = tuple(config.quant.block_types)
+  units = reconstruction.list_units(
+    model.ldm.unet.apply, variables, table, inputs, block_types=block_types
+  )
+  directory = paths.calibration / 'units'
+  total = len(reconstruction.PHASES) * len(units)
+  with progress.progress('quantization', total, 'unit') as bar:
+
+    def on_unit_done(name: str, arrays: reconstruction.UnitState) -> None:
+      with files.atomic_write(_unit_path(directory, name)) as file:
+        np.savez(file, **arrays)
+      before, after = arrays['report:loss_before'], arrays['report:loss_after']
+      bar.update(1, f'{name}: loss {before:.3g} -> {after:.3g}')
+
+    resume = _stored_units(directory, [unit.path for unit in units])
+    bar.update(len(resume))
+    qstate, reports = reconstruction.reconstruct(
+      model.ldm.unet.apply,
+      variables,
+      table,
+      inputs,
+      key=jax.random.key(config.seed),
+      settings=reconstruction_settings(config.quant),
+      block_types=block_types,
+      on_unit_done=on_unit_done,
+      resume=resume,
+    )
+  _log.info('%s', reconstruction.format_reports(reports))
+  return qstate
+
+
+def reconstruction_settings(
+  quant: ml_collections.ConfigDict,
+) -> adaround.Settings:
+  return adaround.Settings(
+    weight_range=quant.weight_range,
+    act_range=quant.act_range,
+    per_channel=quant.per_channel,
+    **setup.plain(quant.reconstruction),
+  )
+
+
+def _unit_path(directory: pathlib.Path, name: str) -> pathlib.Path:
+  return directory / f'{name.replace("/", ".")}.npz'
+
+
+def _stored_units(
+  directory: pathlib.Path, unit_paths: list[str]
+) -> dict[str, dict[str, np.ndarray]]:
+  """Units that an earlier run finished; a damaged file is left out."""
+  found = {}
+  for phase in reconstruction.PHASES:
+    for unit in unit_paths:
+      name = f'{phase}/{unit}'
+      path = _unit_path(directory, name)
+      if not path.is_file():
+        continue
+      try:
+        with np.load(path, allow_pickle=False) as file:
+          found[name] = dict(file.items())
+      except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        _log.warning('%s is damaged (%s); it is made again.', path, error)
+  return found
+
+
+def fit_errors(
+  model: setup.Model,
+  qstate: transform.QuantState,
+  spool: trajectories.Trajectories,
+  paths: files.Workdir,
+) -> dict[str, gaussian.ErrorModel]:
+  """Runs the quantized network on the trajectories, fits (eps_q, error).
+
+  Returns:
+    'tensor' and 'channel' -> error model of all sampling steps.
+  """
+  config = model.config
+  directory = paths.calibration / 'eps_q'
+  count = config.statistics.num_samples
+  program = generation.eps_program(
+    model.ldm, model.sampler, config.sample.microbatch
+  )
+  inputs = generation.Inputs(
+    model.params, qstate, None, noise.seed_key(config.seed)
+  )
+  with progress.progress('statistics', count, 'image') as bar:
+    for start in spool.starts:
+      batch = spool.batch(start)
+      rows = min(len(batch.x), count - start)
+      if rows <= 0:
+        break
+      if not (directory / f'{start:06d}.npy').is_file():
+        eps_q = program(inputs, batch.x[:rows], batch.labels[:rows])
+        trajectories.write_array(directory, f'{start:06d}', eps_q)
+      bar.update(rows)
+  timesteps = generation.rows_of(model.ldm, model.sampler).t
+
+  def pairs(t: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    step = int(np.flatnonzero(timesteps == t)[0])
+    for start in spool.starts:
+      if start < count:
+        eps_q = trajectories.read_array(directory, f'{start:06d}')
+        eps = spool.batch(start).eps[: len(eps_q)]
+        yield eps_q[:, step], eps[:, step]
+
+  settings = {
+    **artifacts.structure(model),
+    'sampler': artifacts.sampler_settings(model),
+  }
+  return {
+    kind: gaussian.fit(
+      timesteps.tolist(),
+      pairs,
+      channel_wise=kind == 'channel',
+      outlier_std=config.statistics.outlier_std,
+      settings=settings,
+    )
+    for kind in ('tensor', 'channel')
+  }

@@ -1,0 +1,226 @@
+"""Trajectories on every device: what calibration and sampling both run.
+
+A batch is split over the devices of the mesh, and on each device into
+microbatches of a fixed size that run one after another. Sums of floats depend
+in their last bit on the shape of the compiled program, and a quantized network
+amplifies that bit; with a fixed microbatch an image is the same in any batch.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from d2dpm_jax.denoising import correction as corrections
+from d2dpm_jax.diffusion import ddim, noise, sampler, schedule
+from d2dpm_jax.models.latent_diffusion import LatentDiffusion
+from d2dpm_jax.quantization import transform
+from d2dpm_jax.runtime import devices, images
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSettings:
+  """Which trajectory: DDIM steps, eta, classifier-free guidance scale."""
+
+  steps: int = 20
+  eta: float = 0.0
+  guidance_scale: float = 3.0
+
+
+class Inputs(NamedTuple):
+  """Arguments of a program that are the same for every image."""
+
+  params: Any  # Of the LatentDiffusion.
+  qstate: Any  # Quantizers, or {} for the full-precision network.
+  correction_rows: Any  # Of denoising.correction, or None.
+  key: Array  # Root of all noise.
+
+
+def rows_of(ldm: LatentDiffusion, settings: SamplerSettings) -> ddim.Rows:
+  alphas_cumprod = schedule.linear_schedule(
+    ldm.num_timesteps, ldm.beta_start, ldm.beta_end
+  )
+  return ddim.ddim_rows(alphas_cumprod, settings.steps, settings.eta)
+
+
+def balanced_labels(seed: int, index: np.ndarray, classes: int) -> np.ndarray:
+  """Label of image k, a function of (seed, k): every run of `classes` images
+  that begins at a multiple of `classes` holds each class once, shuffled.
+
+  Args:
+    seed: of the run.
+    index: int[B], image numbers.
+    classes: number of real classes, without the null class.
+
+  Returns:
+    int32[B].
+  """
+  labels = np.empty(len(index), np.int32)
+  blocks, places = np.divmod(np.asarray(index), classes)
+  for block in np.unique(blocks):
+    order = np.random.default_rng([seed, block]).permutation(classes)
+    labels[blocks == block] = order[places[blocks == block]]
+  return labels
+
+
+def _eps_fn(
+  ldm: LatentDiffusion,
+  settings: SamplerSettings,
+  inputs: Inputs,
+  labels: Array,
+) -> Callable[[Array, Array, Any], Array]:
+  """The guided network of one microbatch, quantized if there is a qstate."""
+  variables = {'params': inputs.params['unet']}
+  acts: transform.QuantState = {}
+  if inputs.qstate:
+    # Weights are dequantized here, once, and not in every sampling step.
+    variables = transform.dequantize_variables(variables, inputs.qstate)
+    acts = {
+      path: transform.LayerState(weight=None, act=layer['act'])
+      for path, layer in inputs.qstate.items()
+    }
+  apply = transform.quantize(ldm.unet.apply)
+
+  def network(x, t, context, _):
+    return apply(variables, acts, x, t, context)
+
+  if ldm.cond_stage is None:
+    return ddim.classifier_free(network, settings.guidance_scale)
+  null = jnp.full([1], ldm.null_label, jnp.int32)
+  return ddim.classifier_free(
+    network,
+    settings.guidance_scale,
+    ldm.context(inputs.params, labels),
+    ldm.context(inputs.params, null),
+  )
+
+
+def _over_devices(
+  microbatch: int, fn: Callable[..., Any]
+) -> Callable[..., Any]:
+  """jit of `fn(inputs, *arrays)` over microbatches, sharded over devices."""
+
+  def local(inputs, *arrays):
+    parts = jax.tree.map(
+      lambda a: a.reshape(-1, microbatch, *a.shape[1:]), arrays
+    )
+    out = jax.lax.map(lambda part: fn(inputs, *part), parts)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
+
+  @functools.partial(jax.jit, static_argnames='number')
+  def sharded(inputs, arrays, number):
+    split = P(devices.DATA_AXIS)
+    return jax.shard_map(
+      local,
+      mesh=devices.mesh(),
+      in_specs=(P(), *[split] * number),
+      out_specs=split,
+    )(inputs, *arrays)
+
+  unit = microbatch * devices.mesh().size
+
+  def run(inputs: Inputs, *arrays: np.ndarray) -> Any:
+    """Pads the batch to whole microbatches on every device, and trims."""
+    count = len(arrays[0])
+    padding = -count % unit
+    padded = tuple(
+      np.concatenate([a, np.repeat(a[-1:], padding, 0)]) for a in arrays
+    )
+    out = sharded(inputs, padded, len(padded))
+    return jax.tree.map(lambda a: np.asarray(a)[:count], out)
+
+  return run
+
+
+@functools.lru_cache(maxsize=8)
+def sample_program(
+  ldm: LatentDiffusion,
+  settings: SamplerSettings,
+  correction: str,
+  microbatch: int,
+) -> Callable[..., dict[str, np.ndarray]]:
+  """Compiles noise -> images.
+
+  Returns:
+    (Inputs, index int32[B], labels int32[B]) -> {'images': uint8[B,H,W,C],
+    'latents': float32[B,h,w,c]} for any B.
+  """
+  rows = rows_of(ldm, settings)
+  correct = corrections.CORRECTIONS[correction]
+
+  def microbatch_fn(inputs: Inputs, index: Array, labels: Array):
+    stream = functools.partial(
+      noise.noise_stream, inputs.key, index, ldm.latent_shape
+    )
+    draws = correction in corrections.DRAWS_NOISE
+    latents = sampler.sample(
+      _eps_fn(ldm, settings, inputs, labels),
+      rows,
+      noise.initial_noise(inputs.key, index, ldm.latent_shape),
+      noise_fn=stream() if settings.eta else None,
+      correct=correct,
+      correction_rows=inputs.correction_rows,
+      error_noise_fn=stream(noise.Stream.ERROR) if draws else None,
+    )
+    decoded = ldm.decode(inputs.params, latents)
+    return {'images': images.to_uint8(decoded), 'latents': latents}
+
+  return _over_devices(microbatch, microbatch_fn)
+
+
+@functools.lru_cache(maxsize=8)
+def trajectory_program(
+  ldm: LatentDiffusion, settings: SamplerSettings, microbatch: int
+) -> Callable[..., dict[str, np.ndarray]]:
+  """Compiles noise -> every x_t and guided eps of the network on the way.
+
+  Returns:
+    (Inputs, index int32[B], labels int32[B]) -> {'x', 'eps'}, each
+    float32[B,S,h,w,c] in sampling order.
+  """
+  rows = rows_of(ldm, settings)
+
+  def microbatch_fn(inputs: Inputs, index: Array, labels: Array):
+    shape = ldm.latent_shape
+    stream = noise.noise_stream(inputs.key, index, shape)
+    _, seen = sampler.sample(
+      _eps_fn(ldm, settings, inputs, labels),
+      rows,
+      noise.initial_noise(inputs.key, index, shape),
+      noise_fn=stream if settings.eta else None,
+      collect=lambda step: {'x': step.x, 'eps': step.eps},
+    )
+    return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), seen)
+
+  return _over_devices(microbatch, microbatch_fn)
+
+
+@functools.lru_cache(maxsize=8)
+def eps_program(
+  ldm: LatentDiffusion, settings: SamplerSettings, microbatch: int
+) -> Callable[..., np.ndarray]:
+  """Compiles given trajectories -> guided eps at each of their points.
+
+  Returns:
+    (Inputs, x float32[B,S,h,w,c], labels int32[B]) -> float32[B,S,h,w,c].
+  """
+  rows = rows_of(ldm, settings)
+
+  def microbatch_fn(inputs: Inputs, x: Array, labels: Array):
+    eps_fn = _eps_fn(ldm, settings, inputs, labels)
+
+    def step(_, scanned):
+      x_t, t = scanned
+      return None, eps_fn(x_t, jnp.full(x_t.shape[:1], t, jnp.int32), None)
+
+    _, eps = jax.lax.scan(step, None, (jnp.moveaxis(x, 1, 0), rows.t))
+    return jnp.moveaxis(eps, 0, 1)
+
+  return _over_devices(microbatch, microbatch_fn)

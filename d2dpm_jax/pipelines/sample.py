@@ -1,0 +1,221 @@
+"""`--mode sample`: images from the quantized, corrected network."""
+
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from d2dpm_jax.denoising import correction as corrections
+from d2dpm_jax.diffusion import noise
+from d2dpm_jax.pipelines import artifacts, generation, setup
+from d2dpm_jax.runtime import files, images, progress
+
+_log = logging.getLogger(__name__)
+_GRID = 64  # Images shown in the picture, at most.
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Writes samples/samples.npz and samples/grid.png, or compare.png."""
+  paths = files.Workdir.at(workdir)
+  settings = config.sample
+  _check(settings)
+  model = setup.load(config, paths)
+  quantized = (
+    artifacts.load(model, paths)
+    if settings.quantized or settings.compare
+    else artifacts.full_precision(model)
+  )
+  setup.begin(config, paths)
+  if settings.compare:
+    compare(quantized, settings, paths.samples)
+    return
+  images_, labels = generate(
+    quantized,
+    np.arange(settings.num_images),
+    _labels(model, settings),
+    correction=settings.correction if settings.quantized else 'none',
+    channel_wise=settings.channel_wise,
+    absorb=settings.absorb_variance,
+    batch_size=settings.batch_size,
+    microbatch=settings.microbatch,
+    seed=config.seed,
+  )
+  target = paths.samples / 'samples.npz'
+  with files.atomic_write(target) as file:
+    np.savez(file, arr_0=images_, arr_1=labels)
+  shown = images_[:_GRID]
+  columns = max(1, int(np.ceil(np.sqrt(len(shown)))))
+  scale = max(1, 64 // shown.shape[1])
+  images.save_png(
+    paths.samples / 'grid.png', images.grid(shown, columns, scale)
+  )
+  _log.info('Wrote %s and %s', target, paths.samples / 'grid.png')
+
+
+def _check(settings: ml_collections.ConfigDict) -> None:
+  for name in ('num_images', 'batch_size', 'microbatch'):
+    if settings[name] < 1:
+      raise ValueError(f'sample.{name} is {settings[name]}; expected >= 1.')
+  if settings.correction not in corrections.CORRECTIONS:
+    raise ValueError(
+      f'sample.correction {settings.correction!r}: expected one of '
+      f'{list(corrections.CORRECTIONS)}.'
+    )
+
+
+def _labels(
+  model: setup.Model, settings: ml_collections.ConfigDict
+) -> np.ndarray:
+  """The labels of all images: given ones in a cycle, or balanced."""
+  index = np.arange(settings.num_images)
+  if not settings.labels:
+    return generation.balanced_labels(
+      model.config.seed, index, max(1, model.num_classes)
+    )
+  given = np.asarray(settings.labels, np.int32)
+  return given[index % len(given)]
+
+
+def check_labels(model: setup.Model, labels: np.ndarray) -> None:
+  """Raises ValueError for labels that the model does not have."""
+  if model.num_classes and (
+    labels.min() < 0 or labels.max() >= model.num_classes
+  ):
+    raise ValueError(
+      f'Labels {sorted(set(labels.tolist()))[:8]}: this model has the classes '
+      f'0..{model.num_classes - 1}.'
+    )
+
+
+def generate(
+  quantized: artifacts.Quantized,
+  index: np.ndarray,
+  labels: np.ndarray,
+  *,
+  correction: str,
+  channel_wise: bool,
+  absorb: bool,
+  batch_size: int,
+  microbatch: int,
+  seed: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Generates images; image k depends on (seed, k, label) alone.
+
+  Args:
+    quantized: network and error models.
+    index: int[N], image numbers.
+    labels: int[N].
+    correction: a key of `denoising.correction.CORRECTIONS`.
+    channel_wise: which error model.
+    absorb: see `correction_rows`.
+    batch_size: images per call.
+    microbatch: see `generation`.
+    seed: of all noise.
+
+  Returns:
+    uint8[N,H,W,C] and the labels int32[N].
+
+  Raises:
+    ValueError: labels that the model does not have; no fitting error model.
+  """
+  model = quantized.model
+  labels = np.asarray(labels, np.int32)
+  check_labels(model, labels)
+  index = np.asarray(index, np.int32)
+  run_batch = batch_runner(
+    quantized, correction, channel_wise, absorb, microbatch, seed
+  )
+  out = []
+  with progress.progress('sampling', len(index), 'image') as bar:
+    for start in range(0, len(index), batch_size):
+      rows = slice(start, start + batch_size)
+      out.append(run_batch(index[rows], labels[rows])['images'])
+      bar.update(len(out[-1]))
+  return np.concatenate(out), labels
+
+
+def batch_runner(
+  quantized: artifacts.Quantized,
+  correction: str,
+  channel_wise: bool,
+  absorb: bool,
+  microbatch: int,
+  seed: int,
+) -> Any:
+  """(index, labels) -> {'images', 'latents'} of one batch."""
+  model = quantized.model
+  program = generation.sample_program(
+    model.ldm, model.sampler, correction, microbatch
+  )
+  timesteps = generation.rows_of(model.ldm, model.sampler).t
+  error_model = None
+  if correction != 'none':
+    error_model = quantized.error_model(channel_wise)
+  rows = corrections.correction_rows(error_model, correction, timesteps, absorb)
+  inputs = generation.Inputs(
+    model.params, quantized.qstate, rows, noise.seed_key(seed)
+  )
+  inputs = jax.device_put(inputs)
+  return lambda index, labels: program(inputs, index, labels)
+
+
+def compare(
+  quantized: artifacts.Quantized,
+  settings: ml_collections.ConfigDict,
+  directory: pathlib.Path,
+) -> pathlib.Path:
+  """Writes one picture: the same noise through four samplers, in rows."""
+  model = quantized.model
+  plain_model = artifacts.full_precision(model)
+  given = np.asarray(settings.labels, np.int32)
+  labels = (
+    given
+    if given.size
+    else np.arange(10, dtype=np.int32) % max(1, model.num_classes)
+  )
+  check_labels(model, labels)
+  index = np.arange(len(labels), dtype=np.int32)
+  bits = f'W{model.config.quant.weight_bits}A{model.config.quant.act_bits}'
+  rows = {
+    'full precision': (plain_model, 'none'),
+    f'quantized {bits}': (quantized, 'none'),
+    f'{bits} + S-D2': (quantized, 's-d2'),
+    f'{bits} + D-D2': (quantized, 'd-d2'),
+  }
+  pictures = []
+  for name, (source, correction) in rows.items():
+    run_batch = batch_runner(
+      source,
+      correction,
+      settings.channel_wise,
+      False,
+      settings.microbatch,
+      model.config.seed,
+    )
+    pictures.append(run_batch(index, labels)['images'])
+    _log.info('%-16s %s', name, distance_text(pictures[0], pictures[-1]))
+  scale = max(1, 64 // pictures[0].shape[1])
+  picture = images.grid(
+    np.concatenate(pictures),
+    len(labels),
+    scale,
+    row_names=list(rows),
+    column_names=[str(label) for label in labels] if model.num_classes else (),
+  )
+  target = directory / 'compare.png'
+  images.save_png(target, picture)
+  _log.info('Wrote %s', target)
+  return target
+
+
+def distance_text(reference: np.ndarray, other: np.ndarray) -> str:
+  """PSNR of uint8 images to those of full precision, in words."""
+  if reference is other:
+    return 'the reference'
+  error = np.square(reference.astype(float) - other.astype(float)).mean()
+  if not error:
+    return 'equal to full precision'
+  return f'{10 * np.log10(255**2 / error):.2f} dB PSNR to full precision'

@@ -1,0 +1,183 @@
+"""Full-precision trajectories on disk: made once, read by all of calibration.
+
+Files are written whole or not at all, so a run that was killed goes on with
+the batches that are missing; they are mapped into memory when read.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from d2dpm_jax.diffusion import noise
+from d2dpm_jax.pipelines import generation, setup
+from d2dpm_jax.runtime import files, progress
+
+# Calibration noise is never that of an image which is sampled later.
+_KEY = 0xCA1
+
+
+class Batch(NamedTuple):
+  """Trajectories of B images; S steps in sampling order."""
+
+  x: np.ndarray  # float32[B,S,h,w,c], what the network got.
+  eps: np.ndarray  # float32[B,S,h,w,c], its guided answer.
+  labels: np.ndarray  # int32[B]
+
+
+def write_array(directory: pathlib.Path, name: str, array: np.ndarray) -> None:
+  with files.atomic_write(directory / f'{name}.npy') as file:
+    np.save(file, array)
+
+
+def read_array(directory: pathlib.Path, name: str) -> np.ndarray:
+  """Maps an array of `write_array` into memory.
+
+  Raises:
+    ValueError: the file is missing or damaged.
+  """
+  path = directory / f'{name}.npy'
+  try:
+    return np.load(path, mmap_mode='r', allow_pickle=False)
+  except (OSError, ValueError, EOFError) as error:
+    raise ValueError(
+      f'{path} is damaged ({error}); delete it and calibrate again.'
+    ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectories:
+  """A directory of batches, named by the number of their first image."""
+
+  directory: pathlib.Path
+  starts: tuple[int, ...]
+
+  def batch(self, start: int) -> Batch:
+    names = (f'{start:06d}.{field}' for field in Batch._fields)
+    return Batch(*(read_array(self.directory, name) for name in names))
+
+  def __iter__(self) -> Iterator[Batch]:
+    return (self.batch(start) for start in self.starts)
+
+
+def collect(
+  model: setup.Model,
+  num_samples: int,
+  batch_size: int,
+  microbatch: int,
+  directory: pathlib.Path,
+) -> Trajectories:
+  """Runs the full-precision sampler on `num_samples` balanced labels.
+
+  Args:
+    model: what to run, with `model.sampler` and `model.config.seed`.
+    num_samples: trajectories.
+    batch_size: trajectories per file, and in flight at a time.
+    microbatch: see `generation`.
+    directory: where the batches go; those that are there are kept.
+
+  Raises:
+    ValueError: the directory holds trajectories of other settings.
+  """
+  seed = model.config.seed
+  settings = {
+    **model.identity(),
+    'sampler': setup.plain(model.config.sampler),
+    'seed': seed,
+    'batch_size': batch_size,
+    'microbatch': microbatch,
+    'dtype': model.config.model.dtype,
+  }
+  claim(directory, settings)
+  program = generation.trajectory_program(model.ldm, model.sampler, microbatch)
+  key = jax.random.fold_in(noise.seed_key(seed), _KEY)
+  inputs = generation.Inputs(model.params, {}, None, key)
+  starts = tuple(range(0, num_samples, batch_size))
+  with progress.progress('trajectories', num_samples, 'image') as bar:
+    for start in starts:
+      index = np.arange(start, min(start + batch_size, num_samples))
+      # Labels are written last: where they are, the batch is complete.
+      if not (directory / f'{start:06d}.labels.npy').is_file():
+        labels = generation.balanced_labels(
+          seed, index, max(1, model.num_classes)
+        )
+        out = program(inputs, index.astype(np.int32), labels)
+        batch = Batch(out['x'], out['eps'], labels)
+        for field, array in batch._asdict().items():
+          write_array(directory, f'{start:06d}.{field}', array)
+      bar.update(len(index))
+  return Trajectories(directory, starts)
+
+
+def claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:
+  """Marks a directory as made with `settings`, or checks that it was.
+
+  Raises:
+    ValueError: it was made with others; the message names both values.
+  """
+  marker = directory / 'settings.json'
+  if not marker.is_file():
+    files.write_json(marker, settings)
+    return
+  different = files.differences(files.read_json(marker), settings)
+  if different:
+    raise ValueError(
+      f'{directory} was made with other settings ({"; ".join(different)}). '
+      'Choose another --workdir, or delete that directory.'
+    )
+
+
+def network_inputs(
+  trajectories: Trajectories,
+  count: int,
+  model: setup.Model,
+  timesteps: np.ndarray,
+  seed: int,
+  distribution: str,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Draws one input of the network from each trajectory.
+
+  Args:
+    trajectories: of the full-precision network, at least `count` of them.
+    count: N.
+    model: whose they are.
+    timesteps: int[S] in sampling order.
+    seed: of the draw.
+    distribution: of the step index: 'uniform', or 'normal' for a clipped
+      N(0.4, 0.4) * S counted from the clean end, as in PTQ4DM
+      (arXiv:2211.15736).
+
+  Returns:
+    x float32[N,h,w,c], t int32[N] and labels int32[N]. With guidance every
+    second label is the null class: the network sees both.
+
+  Raises:
+    ValueError: an unknown distribution.
+  """
+  steps = len(timesteps)
+  rng = np.random.default_rng([seed, _KEY])
+  guided = model.num_classes and model.sampler.guidance_scale != 1
+  xs, ts, labels = [], [], []
+  for batch in trajectories:
+    rows = len(batch.x)
+    if distribution == 'uniform':
+      where = (rng.permutation(rows) * steps) // rows
+    elif distribution == 'normal':
+      drawn = rng.normal(0.4, 0.4, rows) * steps
+      where = steps - 1 - np.clip(drawn, 0, steps - 1).astype(int)
+    else:
+      raise ValueError(
+        f'calibration.timesteps {distribution!r}: expected uniform, normal.'
+      )
+    xs.append(batch.x[np.arange(rows), where])
+    ts.append(timesteps[where])
+    null = rng.permutation(rows) % 2 == 0 if guided else np.zeros(rows, bool)
+    labels.append(np.where(null, model.num_classes, batch.labels))
+  return (
+    np.concatenate(xs)[:count],
+    np.concatenate(ts)[:count].astype(np.int32),
+    np.concatenate(labels)[:count].astype(np.int32),
+  )
