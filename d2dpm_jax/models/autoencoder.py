@@ -251,7 +251,7 @@ class Autoencoder(nn.Module):
     if (self.kind == 'vq') != (self.n_embed is not None):
       raise ValueError(f'n_embed={self.n_embed} with kind {self.kind!r}.')
     moments = 2 if self.kind == 'kl' else 1  # A mean, and a log variance.
-    coder = dict(
+    coder: dict[str, Any] = dict(
       ch=self.ch,
       ch_mult=self.ch_mult,
       num_res_blocks=self.num_res_blocks,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -101,7 +101,7 @@ class LatentDiffusion:
     context: jax.Array | None = None,
   ) -> jax.Array:
     """Predicted noise; see `UNet.__call__`."""
-    return self.unet.apply({'params': params['unet']}, x, t, context)
+    return _apply(self.unet, params['unet'], x, t, context)
 
   def context(self, params: Params, labels: jax.Array) -> jax.Array:
     """Maps labels int[B] to what `eps` takes, float32[B, 1, D].
@@ -109,25 +109,26 @@ class LatentDiffusion:
     Raises:
       ValueError: the model is unconditional.
     """
-    variables = {'params': params['cond_stage']}
-    return self._condition().apply(variables, labels)
+    return _apply(self._condition(), params['cond_stage'], labels)
 
   def decode(self, params: Params, z: jax.Array) -> jax.Array:
     """Latents after scaling, float[B, h, w, c], to float32 images, ~[-1, 1]."""
-    variables = {'params': params['first_stage']}
     z = z / params['scale_factor']
-    return self.first_stage.apply(variables, z, method='decode')
+    return _apply(self.first_stage, params['first_stage'], z, method='decode')
 
   def encode(self, params: Params, images: jax.Array) -> jax.Array:
     """Images in [-1, 1], float[B, H, W, C], to float32 latents, scaled."""
-    variables = {'params': params['first_stage']}
-    z = self.first_stage.apply(variables, images, method='encode')
+    z = _apply(self.first_stage, params['first_stage'], images, method='encode')
     return z * params['scale_factor']
 
   def _condition(self) -> ClassEmbedder:
     if self.cond_stage is None:
       raise ValueError('This model is unconditional: it has no labels.')
     return self.cond_stage
+
+
+def _apply(module: nn.Module, params: Params, *args, **kwargs) -> jax.Array:
+  return cast(jax.Array, module.apply({'params': params}, *args, **kwargs))
 
 
 def from_config(config: Mapping[str, Any]) -> LatentDiffusion:

@@ -25,8 +25,10 @@ class GroupNorm32(nn.GroupNorm):
   dtype: Any = jnp.float32
   use_fast_variance: bool = False
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return super().__call__(x).astype(x.dtype)
+  def __call__(
+    self, x: jax.Array, *, mask: jax.Array | None = None
+  ) -> jax.Array:
+    return super().__call__(x, mask=mask).astype(x.dtype)
 
 
 class LayerNorm32(nn.LayerNorm):
@@ -36,8 +38,10 @@ class LayerNorm32(nn.LayerNorm):
   dtype: Any = jnp.float32
   use_fast_variance: bool = False
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    return super().__call__(x).astype(x.dtype)
+  def __call__(
+    self, x: jax.Array, *, mask: jax.Array | None = None
+  ) -> jax.Array:
+    return super().__call__(x, mask=mask).astype(x.dtype)
 
 
 def conv(
