@@ -1,5 +1,7 @@
 """Meshes and shardings: parameters replicated, batches split."""
 
+import os
+import pathlib
 from typing import Any
 
 import jax
@@ -7,6 +9,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 DATA_AXIS = 'data'
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs on disk, so that the next run starts at once.
+
+  JAX_COMPILATION_CACHE_DIR names another place; set it to '' for no cache.
+  """
+  if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
+    return
+  home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+  directory = pathlib.Path(home) / 'd2dpm_jax' / 'compiled'
+  jax.config.update('jax_compilation_cache_dir', str(directory))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
 def mesh() -> Mesh:
