@@ -45,11 +45,12 @@ def load(
   file, _, arg = name.partition(':')
   try:
     module = importlib.import_module(f'configs.{file}')
-  except ModuleNotFoundError as error:
-    if error.name != f'configs.{file}':
+    get_config = module.get_config
+  except (ModuleNotFoundError, AttributeError) as error:
+    if getattr(error, 'name', '') not in (f'configs.{file}', 'get_config'):
       raise
     raise ValueError(f'There is no config {file!r} in configs/.') from error
-  config = module.get_config(arg)
+  config = get_config(arg)
   config.lock()
   _override(config, overrides or {})
   return setup.load(config)
@@ -94,9 +95,7 @@ def calibrate(
   with contextlib.ExitStack() as stack:
     if workdir is None:
       workdir = stack.enter_context(tempfile.TemporaryDirectory())
-    paths = files.Workdir.at(workdir)
-    setup.begin(config, paths)
-    return calibration.calibrate(model, paths)
+    return calibration.calibrate(model, files.Workdir.at(workdir))
 
 
 def load_quantized(model: Model, workdir: str | os.PathLike[str]) -> Quantized:
@@ -112,7 +111,7 @@ def load_quantized(model: Model, workdir: str | os.PathLike[str]) -> Quantized:
     ValueError: it was made for another model.
   """
   paths = files.Workdir.at(workdir)
-  saved = files.read_json(paths.config)
+  saved = artifacts.saved_settings(paths)
   config = model.config.copy_and_resolve_references()
   config.quant.update(saved['quant'])
   config.sampler.update(saved['sampler'])
@@ -150,6 +149,10 @@ def sample(
     model, correction = artifacts.full_precision(model), 'none'
   if labels is None:
     labels = np.arange(max(1, model.model.num_classes))
+  if batch_size < 1 or not len(labels):
+    raise ValueError(
+      f'{len(labels)} labels in batches of {batch_size}: expected at least 1.'
+    )
   return sampling.generate(
     model,
     np.arange(first_index, first_index + len(labels)),

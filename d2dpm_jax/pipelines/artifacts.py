@@ -91,6 +91,28 @@ def save(quantized: Quantized, paths: files.Workdir) -> None:
   )
 
 
+def _not_finished(paths: files.Workdir) -> FileNotFoundError:
+  return FileNotFoundError(
+    f'{paths.root} holds no finished calibration. Run the same command with '
+    '--mode calibrate first, or name its directory with --workdir.'
+  )
+
+
+def saved_settings(paths: files.Workdir) -> dict[str, Any]:
+  """`structure` and 'sampler' of a calibration on disk.
+
+  config.json does not tell: it is that of the latest run of any mode.
+
+  Raises:
+    FileNotFoundError: this work directory has no finished calibration.
+  """
+  try:
+    found = gaussian.ErrorModel.load(paths.error_model('tensor'))
+  except FileNotFoundError as error:
+    raise _not_finished(paths) from error
+  return dict(found.settings)
+
+
 def load(model: setup.Model, paths: files.Workdir) -> Quantized:
   """Reads what `save` wrote.
 
@@ -102,10 +124,7 @@ def load(model: setup.Model, paths: files.Workdir) -> Quantized:
   try:
     tree, saved = weights.load_tree(paths.quantized)
   except FileNotFoundError as error:
-    raise FileNotFoundError(
-      f'{paths.root} holds no finished calibration. Run the same command with '
-      '--mode calibrate first, or name its directory with --workdir.'
-    ) from error
+    raise _not_finished(paths) from error
   different = files.differences(saved, structure(model))
   if different:
     raise ValueError(

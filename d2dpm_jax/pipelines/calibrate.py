@@ -23,7 +23,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Writes quantized/ and error_model_*.npz into the work directory."""
   paths = files.Workdir.at(workdir)
   model = setup.load(config, paths)
-  setup.begin(config, paths)
   calibrate(model, paths)
   _log.info('Wrote %s. Next: --mode sample', paths.quantized)
 
@@ -38,7 +37,9 @@ def calibrate(model: setup.Model, paths: files.Workdir) -> artifacts.Quantized:
     ValueError: bad settings, or `paths` holds a calibration made with others.
   """
   config = model.config
+  _check(model)
   trajectories.claim(paths.calibration, _settings(model))
+  setup.begin(config, paths)
   times: dict[str, float] = {}
   with progress.timed(times, 'trajectories'):
     spool = trajectories.collect(
@@ -49,7 +50,8 @@ def calibrate(model: setup.Model, paths: files.Workdir) -> artifacts.Quantized:
       paths.trajectories,
     )
   with progress.timed(times, 'quantization'):
-    qstate = quantize(model, spool, paths)
+    # Off the device that learned it: sampling runs on all of them.
+    qstate = jax.device_get(quantize(model, spool, paths))
   with progress.timed(times, 'statistics'):
     error_models = fit_errors(model, qstate, spool, paths)
   quantized = artifacts.Quantized(model, qstate, error_models)
@@ -57,6 +59,35 @@ def calibrate(model: setup.Model, paths: files.Workdir) -> artifacts.Quantized:
   for name, seconds in times.items():
     _log.info('%-13s %7.1f s', name, seconds)
   return quantized
+
+
+def _check(model: setup.Model) -> None:
+  """Raises ValueError for bad settings, before anything is written."""
+  config = model.config
+  counts = {
+    'calibration': ('num_samples', 'batch_size'),
+    'statistics': ('num_samples',),
+    'sample': ('microbatch',),
+  }
+  for group, names in counts.items():
+    for name in names:
+      if config[group][name] < 1:
+        raise ValueError(
+          f'{group}.{name} is {config[group][name]}; expected >= 1.'
+        )
+  if config.calibration.timesteps not in trajectories.DISTRIBUTIONS:
+    raise ValueError(
+      f'calibration.timesteps {config.calibration.timesteps!r}: expected one '
+      f'of {list(trajectories.DISTRIBUTIONS)}.'
+    )
+  if not config.statistics.outlier_std > 0:
+    raise ValueError(
+      f'statistics.outlier_std is {config.statistics.outlier_std}; expected '
+      '> 0.'
+    )
+  generation.rows_of(model.ldm, model.sampler)
+  reconstruction_settings(config.quant)
+  layer_policy(model)
 
 
 def _settings(model: setup.Model) -> dict[str, Any]:
@@ -69,8 +100,10 @@ def _settings(model: setup.Model) -> dict[str, Any]:
   }
 
 
-def layer_policy(model: setup.Model) -> policy.Policy:
-  """Bits of every layer of the U-Net; see `config.quant`."""
+def layer_policy(
+  model: setup.Model,
+) -> tuple[policy.Policy, tuple[transform.Layer, ...]]:
+  """Bits of every layer of the U-Net, see `config.quant`, and the layers."""
   quant = model.config.quant
   edge = dict(w=quant.edge_bits, a=quant.edge_bits, reconstruct=False)
   rules = [
@@ -81,9 +114,7 @@ def layer_policy(model: setup.Model) -> policy.Policy:
   layers = transform.list_layers(
     model.ldm.unet.apply, *_example_arguments(model)
   )
-  table = policy.build_policy(layers, [r for r in rules if r[0]])
-  _log.info('%s', policy.format_policy(table, layers))
-  return table
+  return policy.build_policy(layers, [r for r in rules if r[0]]), layers
 
 
 def _example_arguments(model: setup.Model) -> tuple[Any, ...]:
@@ -104,7 +135,8 @@ def quantize(
   A unit is stored when it is done; units that are there are taken over.
   """
   config = model.config
-  table = layer_policy(model)
+  table, layers = layer_policy(model)
+  _log.info('%s', policy.format_policy(table, layers))
   timesteps = generation.rows_of(model.ldm, model.sampler).t
   x, t, labels = trajectories.network_inputs(
     spool,

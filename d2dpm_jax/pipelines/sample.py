@@ -28,9 +28,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     if settings.quantized or settings.compare
     else artifacts.full_precision(model)
   )
-  setup.begin(config, paths)
   if settings.compare:
     compare(quantized, settings, paths.samples)
+    setup.begin(config, paths)
     return
   images_, labels = generate(
     quantized,
@@ -43,6 +43,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     microbatch=settings.microbatch,
     seed=config.seed,
   )
+  setup.begin(config, paths)  # Not earlier: bad settings leave nothing behind.
   target = paths.samples / 'samples.npz'
   with files.atomic_write(target) as file:
     np.savez(file, arr_0=images_, arr_1=labels)

@@ -19,6 +19,8 @@ from d2dpm_jax.runtime import files, progress
 # Calibration noise is never that of an image which is sampled later.
 _KEY = 0xCA1
 
+DISTRIBUTIONS = ('uniform', 'normal')  # Of step indices; `network_inputs`.
+
 
 class Batch(NamedTuple):
   """Trajectories of B images; S steps in sampling order."""
@@ -99,15 +101,15 @@ def collect(
   with progress.progress('trajectories', num_samples, 'image') as bar:
     for start in starts:
       index = np.arange(start, min(start + batch_size, num_samples))
-      # Labels are written last: where they are, the batch is complete.
-      if not (directory / f'{start:06d}.labels.npy').is_file():
+      names = [f'{start:06d}.{field}' for field in Batch._fields]
+      if not all((directory / f'{name}.npy').is_file() for name in names):
         labels = generation.balanced_labels(
           seed, index, max(1, model.num_classes)
         )
         out = program(inputs, index.astype(np.int32), labels)
         batch = Batch(out['x'], out['eps'], labels)
-        for field, array in batch._asdict().items():
-          write_array(directory, f'{start:06d}.{field}', array)
+        for name, array in zip(names, batch, strict=True):
+          write_array(directory, name, array)
       bar.update(len(index))
   return Trajectories(directory, starts)
 
@@ -170,7 +172,8 @@ def network_inputs(
       where = steps - 1 - np.clip(drawn, 0, steps - 1).astype(int)
     else:
       raise ValueError(
-        f'calibration.timesteps {distribution!r}: expected uniform, normal.'
+        f'calibration.timesteps {distribution!r}: expected one of '
+        f'{list(DISTRIBUTIONS)}.'
       )
     xs.append(batch.x[np.arange(rows), where])
     ts.append(timesteps[where])
