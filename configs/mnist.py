@@ -61,9 +61,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     dict(
       data='tfds',  # or the path of an .npz with x_train, y_train, ...
       classifier=dict(steps=4_000, batch_size=256, learning_rate=2e-3),
-      first_stage=dict(steps=15_000, batch_size=128, learning_rate=1e-3),
+      first_stage=dict(steps=10_000, batch_size=128, learning_rate=1e-3),
       diffusion=dict(
-        steps=40_000,
+        steps=36_000,
         batch_size=512,
         learning_rate=1e-3,
         label_dropout=0.1,
