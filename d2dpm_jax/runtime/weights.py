@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from d2dpm_jax.runtime import files
 Params = dict[str, Any]
 
 _META = 'd2dpm_meta.json'
+_IN_FLIGHT = 64 * 2**20
 
 
 def save_safetensors(
@@ -69,10 +71,24 @@ def load_safetensors(path: pathlib.Path) -> tuple[Params, dict[str, Any]]:
 
 
 def save_tree(path: pathlib.Path, tree: Any, meta: Mapping[str, Any]) -> None:
-  """Writes a pytree with Orbax and its metadata beside it, atomically."""
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(path.absolute() / 'tree', tree, force=True)
-  # Last, so that a directory with metadata is a complete one.
+  """Writes a pytree with Orbax and its metadata beside it.
+
+  A directory without metadata is not a complete one, so a run that is killed
+  leaves none. Leaves that are jax.Array are written without another copy in
+  memory; NumPy's are copied.
+  """
+  (path / _META).unlink(missing_ok=True)
+  if path.exists():
+    shutil.rmtree(path)
+  # By default Orbax holds all of it in memory once more before it writes.
+  sizes = [getattr(leaf, 'nbytes', 0) for leaf in jax.tree.leaves(tree)]
+  in_flight = max([_IN_FLIGHT, *sizes])
+  handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=in_flight / 1e9)
+  with ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(
+      path.absolute() / 'tree',
+      args=ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=_IN_FLIGHT),
+    )
   files.write_json(path / _META, meta)
 
 
