@@ -6,7 +6,24 @@ import ml_collections
 # 'w' and 'a' are weight and activation bits; 'bits' stands for the bits of
 # `quant.weight_bits` and `quant.act_bits`; None leaves a layer in float.
 FLOAT_LAYERS = r'(.*/)?(skip_connection|op)'
+# The paper's: AttentionBlock's layers are Conv1d there, which it leaves alone.
+PAPER_FLOAT_LAYERS_LSUN = r'(.*/)?(skip_connection|op|qkv|proj_out)'
 EDGE_LAYERS = r'time_embed_0|input_blocks_0_0|out_2'
+
+
+# The VQ first stage of LDM-4: 256x256 images, 64x64x3 latents, 8192 codes.
+VQ_F4 = dict(
+  kind='vq',
+  resolution=256,
+  in_channels=3,
+  out_ch=3,
+  ch=128,
+  ch_mult=(1, 2, 4),
+  num_res_blocks=2,
+  z_channels=3,
+  embed_dim=3,
+  n_embed=8192,
+)
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -19,6 +36,15 @@ def base_config() -> ml_collections.ConfigDict:
   # by --mode train or convert, or '' for <workdir>/params.
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.path = ''
+  # Read by --mode convert: a PyTorch checkpoint of latent diffusion (.ckpt, or
+  # a .zip or folder that holds one), and which weights of it.
+  config.checkpoint.torch_path = ''
+  config.checkpoint.use_ema = True  # where it has them; False: the raw ones
+  # Of a checkpoint that holds no scale_factor; None: it has to hold one.
+  config.checkpoint.scale_factor = ml_collections.config_dict.placeholder(float)
+  config.checkpoint.scale_factor = 1.0
+  # The original YAML of the model, in place of `config.model`; in every mode.
+  config.checkpoint.ldm_yaml = ''
 
   # Denoising schedule of sampling and calibration.
   config.sampler = ml_collections.ConfigDict()
@@ -88,3 +114,9 @@ def base_config() -> ml_collections.ConfigDict:
   sample.labels = ()  # () is balanced over all classes; else cycled
   sample.compare = False  # one picture: fp, quantized, s-d2, d-d2 in rows
   return config
+
+
+def set_paper_quantization(config: ml_collections.ConfigDict) -> None:
+  """Quantizes as the paper's released scripts do; bits stay as they are."""
+  config.quant.per_channel = False  # one range per weight tensor
+  config.quant.reconstruction.update(batch_size=8, act_batch_size=16)

@@ -115,6 +115,58 @@ def target_of(module: nn.Module, *args: Any) -> Target:
   return Target(layers, shapes)
 
 
+def assign(
+  shapes: Mapping[str, tuple[int, ...]], target: Target, prefix: str = ''
+) -> tuple[dict[str, str], list[str]]:
+  """Finds the parameter of every tensor, by names and shapes alone.
+
+  Args:
+    shapes: PyTorch name -> shape; every one has to be used.
+    target: what the module needs.
+    prefix: stripped from the start of names; names that lack it are
+      unexpected.
+
+  Returns:
+    (paths, problems): PyTorch name -> parameter path, all of `target` if and
+    only if `problems` is empty; one line per missing, unexpected, repeated or
+    misshapen tensor, sorted.
+  """
+  paths: dict[str, str] = {}
+  taken, problems = set(), []
+  for name, shape in shapes.items():
+    path = None
+    if name.startswith(prefix):
+      path = torch_to_flax(name[len(prefix) :], target.layers)
+    if path is None or path not in target.shapes:
+      problems.append(f'unexpected: {name} {shape}')
+      continue
+    if path in taken:
+      problems.append(f'repeated: {name}, {path} is taken')
+      continue
+    taken.add(path)
+    want = target.shapes[path]
+    value = _arranged(np.broadcast_to(np.float32(), shape), path, target)
+    if value is None or value.shape != want:
+      problems.append(f'misshapen: {name} {shape} for {path} {want}')
+    else:
+      paths[name] = path
+  for path in target.shapes.keys() - taken:
+    problems.append(f'missing: {path} {target.shapes[path]}')
+  return paths, sorted(problems)
+
+
+def to_parameter(array: np.ndarray, path: str, target: Target) -> np.ndarray:
+  """A tensor as the float32 parameter that `assign` found for it."""
+  return np.ascontiguousarray(_arranged(array, path, target), dtype=np.float32)
+
+
+def _arranged(
+  array: np.ndarray, path: str, target: Target
+) -> np.ndarray | None:
+  module, _, leaf = path.rpartition('/')
+  return to_layout(array, target.layers[module], leaf)
+
+
 def match(
   tensors: Mapping[str, np.ndarray], target: Target, prefix: str = ''
 ) -> tuple[dict[str, Any], list[str]]:
@@ -123,40 +175,23 @@ def match(
   Args:
     tensors: PyTorch name -> array; every one has to be used.
     target: what the module needs.
-    prefix: stripped from the start of names; names that lack it are
-      unexpected.
+    prefix: see `assign`.
 
   Returns:
     (params, problems): a nested dict of float32 arrays, complete if and only if
-    `problems` is empty; one line per missing, unexpected, repeated or misshapen
-    tensor, sorted.
+    `problems` is empty; see `assign`.
   """
-  flat: dict[str, np.ndarray] = {}
-  problems = []
-  for name, array in tensors.items():
-    path = None
-    if name.startswith(prefix):
-      path = torch_to_flax(name[len(prefix) :], target.layers)
-    if path is None or path not in target.shapes:
-      problems.append(f'unexpected: {name} {array.shape}')
-      continue
-    if path in flat:
-      problems.append(f'repeated: {name}, {path} is taken')
-      continue
-    module, _, leaf = path.rpartition('/')
-    value = to_layout(array, target.layers[module], leaf)
-    if value is None or value.shape != target.shapes[path]:
-      problems.append(
-        f'misshapen: {name} {array.shape} for {path} {target.shapes[path]}'
-      )
-      value = np.zeros(0)
-    flat[path] = np.ascontiguousarray(value, dtype=np.float32)
-  for path in target.shapes.keys() - flat.keys():
-    problems.append(f'missing: {path} {target.shapes[path]}')
-  return _unflatten(flat), sorted(problems)
+  shapes = {name: array.shape for name, array in tensors.items()}
+  paths, problems = assign(shapes, target, prefix)
+  flat = {
+    path: to_parameter(tensors[name], path, target)
+    for name, path in paths.items()
+  }
+  return unflatten(flat), problems
 
 
-def _unflatten(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Turns 'a/b/c' -> value into nested dicts."""
   tree: dict[str, Any] = {}
   for path, value in flat.items():
     *scopes, leaf = path.split('/')

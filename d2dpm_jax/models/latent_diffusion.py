@@ -182,6 +182,36 @@ def from_config(config: Mapping[str, Any]) -> LatentDiffusion:
   )
 
 
+def to_config(ldm: LatentDiffusion) -> dict[str, Any]:
+  """The architecture as nested dicts; what `from_config` takes, but `dtype`.
+
+  Every field is there, also those that a config may leave out, so that equal
+  models have equal descriptions.
+  """
+  return {
+    'unet': _fields(ldm.unet),
+    'first_stage': _fields(ldm.first_stage),
+    'cond_stage': ldm.cond_stage and _fields(ldm.cond_stage),
+    'latent_shape': ldm.latent_shape,
+    'image_size': ldm.image_size,
+    'schedule': {
+      'num_timesteps': ldm.num_timesteps,
+      'beta_start': ldm.beta_start,
+      'beta_end': ldm.beta_end,
+    },
+  }
+
+
+def _fields(module: nn.Module) -> dict[str, Any]:
+  """Fields of a module but those of Linen and the compute dtype."""
+  names = [f.name for f in dataclasses.fields(module)]
+  return {
+    name: getattr(module, name)
+    for name in names
+    if name not in ('parent', 'name', 'dtype')
+  }
+
+
 def _build(
   where: str, cls: type[nn.Module], config: Mapping[str, Any], **extra: Any
 ) -> Any:

@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 from flax import traverse_util
 
+from convert import ldm_yaml
 from d2dpm_jax.models import latent_diffusion
 from d2dpm_jax.models.latent_diffusion import LatentDiffusion
 from d2dpm_jax.pipelines.generation import SamplerSettings
@@ -49,8 +50,7 @@ class Model:
 
   def identity(self) -> dict[str, Any]:
     """What artifacts made from this model depend on."""
-    architecture = plain(self.config.model)
-    architecture.pop('dtype')  # Compute dtype: the weights stay the same.
+    architecture = latent_diffusion.to_config(self.ldm)
     return {'model': architecture, 'weights': self.digest}
 
 
@@ -70,7 +70,27 @@ def begin(config: ml_collections.ConfigDict, paths: files.Workdir) -> None:
   if paths.root.exists() and not paths.root.is_dir():
     raise ValueError(f'--workdir {paths.root} is a file, not a directory.')
   paths.root.mkdir(parents=True, exist_ok=True)
-  files.write_json(paths.config, plain(config))
+  files.write_json(paths.config, plain(resolve(config)))
+
+
+def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Takes the model from `checkpoint.ldm_yaml`, if that is given.
+
+  Every mode begins here, so the same flag works in all of them.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it describes a model that this project does not have.
+  """
+  if not config.checkpoint.ldm_yaml:
+    return config
+  model = ldm_yaml.read(config.checkpoint.ldm_yaml).model
+  resolved = config.copy_and_resolve_references()
+  with resolved.unlocked():
+    resolved.model = ml_collections.ConfigDict(
+      {**model, 'dtype': config.model.dtype}
+    )
+  return resolved
 
 
 def build(config: ml_collections.ConfigDict) -> LatentDiffusion:
@@ -89,11 +109,15 @@ def load(
 
   Raises:
     FileNotFoundError: there are no weights at that place.
-    ValueError: they cannot be read or belong to another architecture.
+    ValueError: they cannot be read or belong to another architecture, or the
+      sampler asks for what the model cannot do.
   """
+  config = resolve(config)
   ldm = build(config)
+  _check_guidance(config, ldm)
   where = config.checkpoint.path
-  params, path = _read_weights(where, paths)
+  params, meta, path = _read_weights(where, paths)
+  _check_model(meta, ldm, path)
   _check_shapes(params, jax.eval_shape(ldm.init, jax.random.key(0)), path)
   model = Model(config, ldm, jax.tree.map(np.asarray, params), _digest(params))
   count = sum(x.size for x in jax.tree.leaves(params['unet']))
@@ -103,7 +127,8 @@ def load(
 
 def _read_weights(
   where: str, paths: files.Workdir | None
-) -> tuple[Any, pathlib.Path]:
+) -> tuple[Any, dict[str, Any], pathlib.Path]:
+  """Parameters, their metadata, and where they were."""
   if where.startswith(_PRETRAINED):
     name = f'{where.removeprefix(_PRETRAINED)}_ldm.safetensors'
     folder = importlib.resources.files('d2dpm_jax') / 'pretrained'
@@ -114,19 +139,54 @@ def _read_weights(
         f'--config.checkpoint.path={where}: there is no embedded model of '
         f'that name; there are {known}.'
       )
-    return weights.load_safetensors(path)[0], path
+    return *weights.load_safetensors(path), path
   if not where and paths is None:
     raise ValueError('config.checkpoint.path is not set.')
   path = pathlib.Path(where) if where or paths is None else paths.params
   if path.suffix == '.safetensors':
-    return weights.load_safetensors(path)[0], path
+    return *weights.load_safetensors(path), path
   try:
-    return weights.load_tree(path)[0], path
+    return *weights.load_tree(path), path
   except FileNotFoundError as error:
     raise FileNotFoundError(
       f'No weights at {path}. Set --config.checkpoint.path to a '
       ".safetensors file or an Orbax directory, or to 'pretrained:mnist'."
     ) from error
+
+
+def _check_guidance(
+  config: ml_collections.ConfigDict, ldm: LatentDiffusion
+) -> None:
+  scale = config.sampler.guidance_scale
+  if ldm.cond_stage is None and scale != 1:
+    raise ValueError(
+      f'sampler.guidance_scale is {scale}, but this model is unconditional: '
+      'there is nothing to guide to. Set --config.sampler.guidance_scale=1.0'
+    )
+
+
+def _check_model(
+  meta: Mapping[str, Any], ldm: LatentDiffusion, path: pathlib.Path
+) -> None:
+  """Raises ValueError where weights say that they are of another model.
+
+  Shapes alone do not tell: heads, norms and noise schedules have none.
+  """
+  if 'model' not in meta:
+    return
+  try:
+    saved = latent_diffusion.from_config(meta['model'])
+  except ValueError as error:
+    raise ValueError(f'{path} describes no model of ours: {error}') from error
+  different = files.differences(
+    latent_diffusion.to_config(saved), latent_diffusion.to_config(ldm)
+  )
+  if different:
+    raise ValueError(
+      f'{path} holds the weights of another model: {"; ".join(different)}. '
+      'Use the config, and the --config.checkpoint.ldm_yaml, that they were '
+      'made with.'
+    )
 
 
 def _check_shapes(params: Any, wanted: Any, path: pathlib.Path) -> None:

@@ -29,6 +29,10 @@ class Workdir:
   def params(self) -> pathlib.Path:
     return self.root / 'params'
 
+  def conversion(self, suffix: str) -> pathlib.Path:
+    """What --mode convert reports: '.json' for programs, '.txt' for people."""
+    return self.root / f'conversion{suffix}'
+
   @property
   def quantized(self) -> pathlib.Path:
     return self.root / 'quantized'

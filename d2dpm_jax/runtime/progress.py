@@ -49,6 +49,16 @@ def progress(name: str, total: int, unit: str = 'it') -> Iterator[Progress]:
     bar.close()
 
 
+def peak_memory() -> int:
+  """Bytes of memory that this process has had at most; 0 if not known."""
+  try:
+    import resource  # Not on Windows.
+  except ImportError:
+    return 0
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == 'darwin' else 1024 * peak  # Linux: KiB.
+
+
 @contextmanager
 def timed(times: dict[str, float], name: str) -> Iterator[None]:
   """Adds the wall time of its body, in seconds, to `times[name]`."""
