@@ -5,6 +5,7 @@ r"""Quantized latent diffusion with dual denoising (D2-DPM) in JAX/Flax.
 
 Modes:
   train      trains the embedded MNIST models (configs/mnist.py)
+  convert    reads a PyTorch checkpoint of latent diffusion
   calibrate  quantizes the network and fits its error model
   sample     generates images with the quantized, corrected network
 
@@ -22,7 +23,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-MODES = ('train', 'calibrate', 'sample')
+MODES = ('train', 'convert', 'calibrate', 'sample')
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'An experiment, such as configs/mnist.py.', lock_config=True
@@ -57,6 +58,9 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError('--config is missing; try --config configs/mnist.py.')
   name = pathlib.Path(flags.FLAGS['config'].config_filename).stem
   _pipeline(_MODE.value).run(config, _WORKDIR.value or f'out/{name}')
+  progress = importlib.import_module('d2dpm_jax.runtime.progress')
+  if peak := progress.peak_memory():
+    logging.getLogger('d2dpm_jax').info('Peak memory: %.2f GB', peak / 1e9)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,0 +1,61 @@
+r"""Unconditional LDM-4 on LSUN-Bedrooms 256x256, W4A8, 200 DDIM steps, eta 1.
+
+Expected of 50,000 samples, arXiv:2501.08180, Table 3:
+
+                       FID    sFID   precision  recall
+  full precision        3.03   7.03  64.65      47.60
+  PTQD  W4A8           12.57  16.04  51.31      42.40
+  S-D2  W4A8           11.26  15.60
+  D-D2  W4A8           10.72  15.23
+  PTQD  W8A8            9.16  12.94  51.99      44.32
+  S-D2  W8A8            7.69  12.61
+  D-D2  W8A8            7.55  12.56
+
+Weights: lsun_bedrooms.zip, see docs/convert.md. Its moving average is used.
+
+  python main.py --config configs/lsun_bedrooms.py --mode convert \
+      --config.checkpoint.torch_path=lsun_bedrooms.zip
+  python main.py --config configs/lsun_bedrooms.py --mode calibrate
+  python main.py --config configs/lsun_bedrooms.py --mode sample
+
+`configs/lsun_bedrooms.py:paper_w4a8` and `:paper_w8a8` quantize as the paper's
+released scripts do: attention stays in floating point, and weights have one
+range per tensor.
+"""
+
+import ml_collections
+
+from configs import common
+
+_WEIGHT_BITS = {'': 4, 'paper_w4a8': 4, 'paper_w8a8': 8}
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+  """'' for the best we have, 'paper_w4a8' and 'paper_w8a8' for the paper's."""
+  if arg not in _WEIGHT_BITS:
+    raise ValueError(f'Config argument {arg!r}: expected {list(_WEIGHT_BITS)}.')
+  config = common.base_config()
+  config.model = ml_collections.ConfigDict(
+    dict(
+      image_size=256,
+      latent_shape=(64, 64, 3),
+      dtype='float32',  # compute dtype: 'float32' or 'bfloat16'
+      schedule=dict(num_timesteps=1000, beta_start=0.0015, beta_end=0.0195),
+      unet=dict(
+        out_channels=3,
+        model_channels=224,
+        channel_mult=(1, 2, 3, 4),
+        num_res_blocks=2,
+        attention_resolutions=(8, 4, 2),
+        num_head_channels=32,
+      ),
+      first_stage=common.VQ_F4,
+      cond_stage=None,
+    )
+  )
+  config.sampler.update(steps=200, eta=1.0, guidance_scale=1.0)
+  config.quant.weight_bits = _WEIGHT_BITS[arg]
+  if arg:
+    common.set_paper_quantization(config)
+    config.quant.float_layers = common.PAPER_FLOAT_LAYERS_LSUN
+  return config
