@@ -12,7 +12,7 @@ import tempfile
 import zipfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from absl import logging
 
@@ -59,7 +59,7 @@ class File:
       raise CheckpointError(f'data beyond the end of the file; {_AGAIN}')
     data = bytearray(count)
     self.handle.seek(start)
-    got = self.handle.readinto(data)  # pyright: ignore[reportAttributeAccessIssue]
+    got = cast(Any, self.handle).readinto(data)  # typeshed's lacks it.
     if got != count:
       raise CheckpointError('the file shrank while it was read')
     return data

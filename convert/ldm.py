@@ -144,7 +144,7 @@ def convert(
     params[part] = names.unflatten(flat)
     sizes[part] = sum(math.prod(shape) for shape in target.shapes.values())
   scale, origin = _scale_factor(tensors, scale_factor, problems)
-  params[_SCALE] = store(np.float32(scale))
+  params[_SCALE] = store(np.asarray(scale, np.float32))
   if _SCALE in tensors:
     mapped[_SCALE] = _SCALE
   schedule_text = _check_schedule(tensors, ldm, problems)
@@ -307,8 +307,8 @@ def _check_schedule(
     betas = 1 - found / np.append(1.0, found[:-1])
     problems.append(
       f'another noise schedule: {_ALPHAS} differs by {error:.2g}; betas in the '
-      f'checkpoint run from {betas[0]:.6g} to {betas[-1]:.6g}, in the config '
-      f'from {ldm.beta_start:.6g} to {ldm.beta_end:.6g}'
+      f'checkpoint run from {betas[0]:.4g} to {betas[-1]:.4g}, in the config '
+      f'from {ldm.beta_start:.4g} to {ldm.beta_end:.4g}'
     )
   return f"the config's, to {error:.1g}"
 

@@ -12,6 +12,7 @@ ldm/modules/encoders/modules.py.
 
 import dataclasses
 import pathlib
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,16 +145,21 @@ def read(path: str | pathlib.Path) -> LdmYaml:
   if not path.is_file():
     raise FileNotFoundError(f'--config.checkpoint.ldm_yaml: no file {path}.')
   try:
-    content = yaml.safe_load(path.read_text(encoding='utf-8'))
-  except (yaml.YAMLError, UnicodeDecodeError) as error:
-    raise ValueError(f'{path} is not valid YAML: {error}') from error
-  try:
-    return _parse(content)
+    return parse(path.read_text(encoding='utf-8'))
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
 
 
-def _parse(content: Any) -> LdmYaml:
+def parse(text: str) -> LdmYaml:
+  """Reads the text of such a file.
+
+  Raises:
+    ValueError: see `read`.
+  """
+  try:
+    content = yaml.safe_load(text)
+  except yaml.YAMLError as error:
+    raise ValueError(f'not valid YAML: {error}') from error
   section = _mapping(content, 'the file').get('model')
   params = _params(section, 'model', [_MODEL])[1]
   values = _fields(params, 'model', _DIFFUSION_FIELDS, _DIFFUSION_FIXED)
@@ -182,7 +188,7 @@ def _unet(params: Mapping[str, Any], channels: int) -> dict[str, Any]:
   found = section.get('in_channels')
   if found != channels:
     raise ValueError(
-      f'{where}.in_channels is {found!r}, the latents have {channels}: '
+      f'{where}.in_channels is {_short(found)}, the latents have {channels}: '
       'conditions that are concatenated to the latents are not supported.'
     )
   if unet['num_head_channels'] != -1:  # LDM prefers it if both are given.
@@ -215,14 +221,13 @@ def _cond_stage(params: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
   key = params.get('conditioning_key')
   if isinstance(section, str):
-    raise ValueError(f'{where} is {section!r}; {_known_conditions()}.')
+    raise ValueError(f'{where} is {_short(section)}; {_known_conditions()}.')
   _, section = _params(section, where, [_CLASS_EMBEDDER], _known_conditions())
   if key not in ('crossattn', None) or (
     key is None and params.get('concat_mode', True)
   ):
     raise ValueError(
-      f'conditioning_key is {key!r}; classes are told by cross-attention: '
-      "'crossattn'."
+      f"conditioning_key is {_short(key)}; classes need 'crossattn'."
     )
   fields = dict(n_classes=(int, 1000), embed_dim=(int, _REQUIRED))
   values = _fields(section, where, fields, dict(key=_ANY))
@@ -235,7 +240,7 @@ def _known_conditions() -> str:
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:
   if not isinstance(value, dict):
-    raise ValueError(f'{where} is {value!r:.80}; expected keys and values.')
+    raise ValueError(f'{where} is {_short(value)}; expected keys and values.')
   return value
 
 
@@ -245,9 +250,9 @@ def _params(
   """Target and params of a section; the target is one of `supported`."""
   section = _mapping(section, where)
   target = section.get('target')
-  if target not in supported:
+  if not isinstance(target, str) or target not in supported:
     known = known or f'supported are {", ".join(supported)}'
-    raise ValueError(f'{where}.target is {target!r}; {known}.')
+    raise ValueError(f'{where}.target is {_short(target)}; {known}.')
   return target, _mapping(section.get('params'), f'{where}.params')
 
 
@@ -263,9 +268,11 @@ def _fields(
     if key in fields:
       continue
     if key not in fixed:
-      problems.append(f'{key}: {value!r:.80} is unknown')
+      problems.append(f'{key}: {_short(value)} is unknown')
     elif fixed[key] is not _ANY and value != fixed[key]:
-      problems.append(f'{key}: {value!r:.80}, where only {fixed[key]!r} works')
+      problems.append(
+        f'{key}: {_short(value)}, where only {fixed[key]!r} works'
+      )
   values = {}
   for key, (kind, default) in fields.items():
     value = section.get(key, default)
@@ -273,12 +280,19 @@ def _fields(
       problems.append(f'{key} is missing')
     elif not (value is default or _is(value, kind)):
       kind = kind if isinstance(kind, str) else kind.__name__
-      problems.append(f'{key}: {value!r:.80} is not {kind}')
+      problems.append(f'{key}: {_short(value)} is not {kind}')
     else:
       values[key] = _convert(value, kind)
   if problems:
     raise ValueError(f'{where}: {"; ".join(problems)}.')
   return values
+
+
+def _short(value: Any) -> str:
+  """A value for a message; YAML can describe huge ones in a few lines."""
+  shortener = reprlib.Repr()
+  shortener.maxstring = shortener.maxother = 80
+  return shortener.repr(value)
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -61,8 +61,8 @@ def torch_to_flax(name: str, layers: Mapping[str, str]) -> str | None:
     name: dotted name of the tensor, without the prefix of the submodel.
     layers: `Target.layers`.
   """
-  path, leaf = split(name)
-  leaf = _LEAVES.get(layers.get(path, ''), {}).get(leaf)
+  path, torch_leaf = split(name)
+  leaf = _LEAVES.get(layers.get(path, ''), {}).get(torch_leaf)
   return leaf and f'{path}/{leaf}'
 
 
