@@ -53,14 +53,34 @@ def main(argv: Sequence[str]) -> None:
   # Ours only: libraries report every file that they write at INFO level.
   absl_logging.set_verbosity(absl_logging.WARNING)
   logging.getLogger('d2dpm_jax').setLevel(logging.INFO)
-  config = _CONFIG.value
-  if config is None:
+  if not flags.FLAGS['config'].present:
     raise ValueError('--config is missing; try --config configs/mnist.py.')
-  name = pathlib.Path(flags.FLAGS['config'].config_filename).stem
-  _pipeline(_MODE.value).run(config, _WORKDIR.value or f'out/{name}')
+  path = pathlib.Path(flags.FLAGS['config'].config_filename)
+  if not path.is_file():
+    raise ValueError(f'--config {path}: there is no such file.')
+  pipeline = _pipeline(_MODE.value)
+  pipeline.run(_CONFIG.value, _WORKDIR.value or f'out/{path.stem}')
   progress = importlib.import_module('d2dpm_jax.runtime.progress')
   if peak := progress.peak_memory():
     logging.getLogger('d2dpm_jax').info('Peak memory: %.2f GB', peak / 1e9)
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+  """Parses flags; what is wrong with one is one line, without usage."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    # Of a config file that fails, the last line of the traceback says why.
+    raise ValueError(str(error).strip().splitlines()[-1]) from error
+  except (AttributeError, KeyError) as error:
+    # An unknown field is named by a repr within a repr: 'name'\\n...
+    text, *more = str(error).split('\\n')
+    unknown = isinstance(error, AttributeError) and text[:1] in '\'"'
+    kind = 'unknown field ' if unknown else ''
+    text = '. '.join([f'{kind}{text}', *more])
+    for sign in '\'"\\':
+      text = text.replace(sign, '')
+    raise ValueError(f'--config: {text}') from error
 
 
 def _one_line(error: BaseException) -> str:
@@ -74,7 +94,7 @@ def _one_line(error: BaseException) -> str:
 
 if __name__ == '__main__':
   try:
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)
   # What users can cause: bad values, files that are not there or not readable,
   # unknown config fields.
   except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:

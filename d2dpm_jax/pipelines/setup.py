@@ -67,8 +67,6 @@ def plain(config: Any) -> Any:
 
 def begin(config: ml_collections.ConfigDict, paths: files.Workdir) -> None:
   """Makes the work directory and records the resolved config in it."""
-  if paths.root.exists() and not paths.root.is_dir():
-    raise ValueError(f'--workdir {paths.root} is a file, not a directory.')
   paths.root.mkdir(parents=True, exist_ok=True)
   files.write_json(paths.config, plain(resolve(config)))
 

@@ -19,7 +19,15 @@ class Workdir:
 
   @classmethod
   def at(cls, root: str | os.PathLike[str]) -> 'Workdir':
-    return cls(pathlib.Path(root).absolute())
+    """Names a directory; it need not be there yet.
+
+    Raises:
+      ValueError: there is something else.
+    """
+    path = pathlib.Path(root).absolute()
+    if path.exists() and not path.is_dir():
+      raise ValueError(f'--workdir {path} is a file, not a directory.')
+    return cls(path)
 
   @property
   def config(self) -> pathlib.Path:
