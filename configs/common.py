@@ -120,3 +120,12 @@ def set_paper_quantization(config: ml_collections.ConfigDict) -> None:
   """Quantizes as the paper's released scripts do; bits stay as they are."""
   config.quant.per_channel = False  # one range per weight tensor
   config.quant.reconstruction.update(batch_size=8, act_batch_size=16)
+
+
+def set_fast_quantization(config: ml_collections.ConfigDict) -> None:
+  """A short calibration: fewer and larger steps on fewer samples."""
+  config.quant.reconstruction.update(
+    iters=100, batch_size=16, lr=2e-2, act_iters=50, act_batch_size=16
+  )
+  config.calibration.num_samples = 128
+  config.statistics.num_samples = 128
