@@ -280,3 +280,24 @@ def range_method(name: str) -> Callable[..., QParams]:
       f'Range method {name!r}: expected one of {sorted(RANGE_METHODS)}.'
     )
   return RANGE_METHODS[name]
+
+
+@functools.partial(jax.jit, static_argnames=('method', 'bits', 'per_channel'))
+def nearest_weight(
+  kernel: Array, bits: int, method: str = 'mse', per_channel: bool = True
+) -> QWeight:
+  """Range search and rounding to nearest, as one program.
+
+  Args:
+    kernel: float[..., O].
+    bits: 2..8.
+    method: a key of `RANGE_METHODS`.
+    per_channel: one grid per output channel instead of one in all.
+
+  Returns:
+    Codes and grid of the kernel.
+
+  Raises:
+    ValueError: `bits` out of range, or an unknown method.
+  """
+  return quantize(kernel, range_method(method)(kernel, bits, per_channel))

@@ -123,21 +123,6 @@ def get_kernel(params: Mapping[str, Any], path: str) -> Array:
   return node
 
 
-def init_weight(
-  kernel: Array, bits: int, *, method: str = 'mse', per_channel: bool = True
-) -> affine.QWeight:
-  """Codes of a kernel by range search and rounding to nearest.
-
-  Args:
-    kernel: float[..., O].
-    bits: 2..8.
-    method: a key of `affine.RANGE_METHODS`.
-    per_channel: one grid per output channel instead of one in all.
-  """
-  q = affine.range_method(method)(kernel, bits, per_channel)
-  return affine.quantize(kernel, q)
-
-
 def init_state(
   variables: Variables,
   policy: Policy,
@@ -167,9 +152,7 @@ def init_state(
     kernel = get_kernel(variables['params'], path)
     weight = None
     if bits.w is not None:
-      weight = init_weight(
-        kernel, bits.w, method=method, per_channel=per_channel
-      )
+      weight = affine.nearest_weight(kernel, bits.w, method, per_channel)
     state[path] = LayerState(weight=weight, act=None)
   return state
 
