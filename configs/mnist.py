@@ -21,7 +21,6 @@ import ml_collections
 
 from configs import common
 
-
 _WEIGHT_BITS = {'': 4, 'full': 4, 'paper_w4a8': 4, 'paper_w8a8': 8}
 
 

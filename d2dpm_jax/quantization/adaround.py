@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +114,7 @@ class Settings:
 
 
 def rectified_sigmoid(
-  alpha: Array, zeta: float = 1.1, gamma: float = -0.1
+  alpha: Array, zeta: Array | float = 1.1, gamma: Array | float = -0.1
 ) -> Array:
   """h(α) = clip(sigmoid(α)·(ζ - γ) + γ, 0, 1). Equation 23."""
   return jnp.clip(jax.nn.sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1)
@@ -122,8 +123,8 @@ def rectified_sigmoid(
 def init_alpha(
   kernel: Array,
   q: affine.QParams,
-  zeta: float = 1.1,
-  gamma: float = -0.1,
+  zeta: Array | float = 1.1,
+  gamma: Array | float = -0.1,
 ) -> Array:
   """α for which h(α) is the fractional part of `kernel / scale`.
 
@@ -146,8 +147,8 @@ def soft_kernel(
   kernel: Array,
   alpha: Array,
   q: affine.QParams,
-  zeta: float = 1.1,
-  gamma: float = -0.1,
+  zeta: Array | float = 1.1,
+  gamma: Array | float = -0.1,
 ) -> Array:
   """Kernel with codes `floor(w/δ) + h(α) + z`, clipped. Equation 22.
 
@@ -178,8 +179,8 @@ def hard_weight(
 def regularizer(
   alphas: Iterable[Array],
   beta: Array | float,
-  zeta: float = 1.1,
-  gamma: float = -0.1,
+  zeta: Array | float = 1.1,
+  gamma: Array | float = -0.1,
 ) -> Array:
   """Σ 1 - |2h(α) - 1|^β over all weights. Equation 24."""
   total = jnp.float32(0)
@@ -190,14 +191,14 @@ def regularizer(
 
 
 def beta_schedule(
-  count: Array | int, iters: Array | int, settings: Settings
+  count: Array | int, iters: Array | int, settings: Any
 ) -> tuple[Array, Array]:
   """Exponent and weight of the regularizer.
 
   Args:
     count: int[], iteration counted from 1.
     iters: int[], iterations in all.
-    settings: `warmup`, `beta_start`, `beta_end`, `rounding_weight`.
+    settings: `Settings`, or its numbers `learning.Knobs`.
 
   Returns:
     β: float[]; stays at its start during warm-up, then falls linearly and

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from d2dpm_jax.quantization import adaround, affine, transform
+from d2dpm_jax.quantization import adaround, affine, matmul_conv, transform
 from d2dpm_jax.quantization.adaround import Settings
 from d2dpm_jax.quantization.policy import LayerBits
 from d2dpm_jax.quantization.units import Call
@@ -84,7 +84,7 @@ def loss_and_signal(
 
 
 dequantize = jax.jit(affine.dequantize, static_argnames='dtype')
-init_alpha = jax.jit(adaround.init_alpha, static_argnames=('zeta', 'gamma'))
+init_alpha = jax.jit(adaround.init_alpha)
 
 
 @jax.jit
@@ -97,6 +97,25 @@ def harden(
 
 
 # ---- Steps ------------------------------------------------------------------
+
+
+class Knobs(NamedTuple):
+  """Numbers of `adaround.Settings` as arguments: no program depends on them."""
+
+  lr: Any
+  rounding_weight: Any
+  warmup: Any
+  beta_start: Any
+  beta_end: Any
+  zeta: Any
+  gamma: Any
+  drop_prob: Any
+  act_lr: Any
+
+
+def knobs(settings: Settings) -> Knobs:
+  """The numbers as float32[]."""
+  return Knobs(*(np.float32(getattr(settings, n)) for n in Knobs._fields))
 
 
 class Task(NamedTuple):
@@ -112,6 +131,7 @@ class Task(NamedTuple):
     target: full-precision output.
     key: of the unit and phase.
     iters: int32[], iterations in all.
+    knobs: see `knobs`.
   """
 
   variables: Any
@@ -121,6 +141,7 @@ class Task(NamedTuple):
   target: Any
   key: Array
   iters: Array
+  knobs: Knobs
 
 
 class Progress(NamedTuple):
@@ -137,19 +158,6 @@ def start(learned: dict[str, Array]) -> Progress:
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
   copies = {path: np.asarray(x) for path, x in learned.items()}
   return Progress(copies, zeros, np.zeros([], np.float32))
-
-
-def shaping(settings: Settings) -> Settings:
-  """Settings less those that no program depends on: they share programs."""
-  return dataclasses.replace(
-    settings,
-    iters=0,
-    act_iters=0,
-    act_init_samples=1,
-    chunk=1,
-    reports=1,
-    host_streams=False,
-  )
 
 
 def _sample(task: Task, step: Array, batch_size: int) -> tuple[Any, Any]:
@@ -178,12 +186,13 @@ def _iterate(
 
 @functools.partial(
   jax.jit,
-  static_argnames=('call', 'settings', 'loop'),
+  static_argnames=('call', 'batch_size', 'p', 'loop'),
   donate_argnames='progress',
 )
 def rounding_steps(
   call: Call,
-  settings: Settings,
+  batch_size: int,
+  p: float,
   loop: bool,
   progress: Progress,
   first: Array,
@@ -195,7 +204,8 @@ def rounding_steps(
 
   Args:
     call: the unit.
-    settings: see `shaping`.
+    batch_size: samples per iteration.
+    p: norm of the loss.
     loop: False runs the iteration `first` alone.
     progress: α by layer.
     first: int32[].
@@ -206,7 +216,7 @@ def rounding_steps(
   Returns:
     The new progress; the loss is the reconstruction loss alone.
   """
-  s = settings
+  s = task.knobs
   adam = optax.scale_by_adam()
   kernels = {
     path: transform.get_kernel(task.variables['params'], path)
@@ -214,7 +224,7 @@ def rounding_steps(
   }
 
   def loss_fn(alphas, step):
-    batch, target = _sample(task, step, s.batch_size)
+    batch, target = _sample(task, step, batch_size)
     soft = {
       path: adaround.soft_kernel(
         kernels[path], alphas[path], weight_grids[path], s.zeta, s.gamma
@@ -229,10 +239,13 @@ def rounding_steps(
       keep = jax.random.bernoulli(key, s.drop_prob, x.shape)
       return jnp.where(keep, x, affine.fake_quant(x, task.grids[path]))
 
-    with transform.intercept_inputs(change, task.grids):
+    with (
+      matmul_conv.fast_gradients(),
+      transform.intercept_inputs(change, task.grids),
+    ):
       variables = transform.replace_kernels(task.variables, soft)
       out = call(variables, batch, task.whole)
-    loss = _lp_loss(out, target, s.p)
+    loss = _lp_loss(out, target, p)
     beta, weight = adaround.beta_schedule(step + 1, task.iters, s)
     extra = adaround.regularizer(alphas.values(), beta, s.zeta, s.gamma)
     return loss + weight * extra, loss
@@ -249,12 +262,13 @@ def rounding_steps(
 
 @functools.partial(
   jax.jit,
-  static_argnames=('call', 'settings', 'loop'),
+  static_argnames=('call', 'batch_size', 'p', 'loop'),
   donate_argnames='progress',
 )
 def scale_steps(
   call: Call,
-  settings: Settings,
+  batch_size: int,
+  p: float,
   loop: bool,
   progress: Progress,
   first: Array,
@@ -268,7 +282,8 @@ def scale_steps(
 
   Args:
     call: the unit.
-    settings: see `shaping`.
+    batch_size: samples per iteration.
+    p: norm of the loss.
     loop: False runs the iteration `first` alone.
     progress: scales by layer.
     first: int32[].
@@ -279,19 +294,20 @@ def scale_steps(
   Returns:
     The new progress.
   """
-  s = settings
+  s = task.knobs
   adam = optax.scale_by_adam()
 
   def loss_fn(scales, step):
-    batch, target = _sample(task, step, s.act_batch_size)
+    batch, target = _sample(task, step, batch_size)
     grids = {
       path: affine.QParams(scales[path], q.zero_point, q.bits)
       for path, q in initial.items()
     }
-    out = _quantized_call(
-      call, task.variables, task.grids | grids, batch, task.whole
-    )
-    return _lp_loss(out, target, s.act_p)
+    with matmul_conv.fast_gradients():
+      out = _quantized_call(
+        call, task.variables, task.grids | grids, batch, task.whole
+      )
+    return _lp_loss(out, target, p)
 
   def body(step, progress):
     scales, state, total = progress

@@ -279,6 +279,7 @@ class _Reconstruction:
         visit.target,
         key,
         jnp.int32(s.iters),
+        learning.knobs(s),
       )
       weight_grids = {path: nearest[path].qparams for path in learned}
       alphas = self.learn(
@@ -329,6 +330,7 @@ class _Reconstruction:
         visit.target,
         key,
         jnp.int32(s.act_iters),
+        learning.knobs(s),
       )
       scales = {path: q.scale for path, q in learned.items()}
       scales = self.learn(
@@ -389,14 +391,17 @@ class _Reconstruction:
   ) -> dict[str, Array]:
     """Runs the iterations of a phase on a unit; returns what was learned."""
     s = self.settings
-    iters = s.iters if phase == 'weight' else s.act_iters
+    iters, batch_size, p = s.iters, s.batch_size, s.p
+    if phase == 'act':
+      iters, batch_size, p = s.act_iters, s.act_batch_size, s.act_p
     loop = s.loop if s.loop is not None else not self.streams.on_cpu
     task, grids = self.streams.fetch((task, grids))
 
     def run(progress, first, stop):
       return steps(
         visit.call,
-        learning.shaping(s),
+        batch_size,
+        p,
         loop,
         progress,
         first,
