@@ -52,6 +52,8 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(f'Unexpected arguments: {" ".join(argv[1:])}')
   # Ours only: libraries report every file that they write at INFO level.
   absl_logging.set_verbosity(absl_logging.WARNING)
+  handler = absl_logging.get_absl_handler()
+  handler.setFormatter(logging.Formatter('%(message)s'))
   logging.getLogger('d2dpm_jax').setLevel(logging.INFO)
   if not flags.FLAGS['config'].present:
     raise ValueError('--config is missing; try --config configs/mnist.py.')

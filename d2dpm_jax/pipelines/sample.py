@@ -82,13 +82,16 @@ def _labels(
 
 def check_labels(model: setup.Model, labels: np.ndarray) -> None:
   """Raises ValueError for labels that the model does not have."""
-  if model.num_classes and (
-    labels.min() < 0 or labels.max() >= model.num_classes
-  ):
-    raise ValueError(
-      f'Labels {sorted(set(labels.tolist()))[:8]}: this model has the classes '
-      f'0..{model.num_classes - 1}.'
-    )
+  if labels.min() >= 0 and labels.max() < max(1, model.num_classes):
+    return
+  classes = (
+    f'has the classes 0..{model.num_classes - 1}'
+    if model.num_classes
+    else 'is unconditional, its labels are 0'
+  )
+  raise ValueError(
+    f'Labels {sorted(set(labels.tolist()))[:8]}: this model {classes}.'
+  )
 
 
 def generate(
@@ -182,11 +185,11 @@ def compare(
   bits = f'W{model.config.quant.weight_bits}A{model.config.quant.act_bits}'
   rows = {
     'full precision': (plain_model, 'none'),
-    f'quantized {bits}': (quantized, 'none'),
-    f'{bits} + S-D2': (quantized, 's-d2'),
-    f'{bits} + D-D2': (quantized, 'd-d2'),
+    bits: (quantized, 'none'),
+    f'{bits}, S-D\N{SUPERSCRIPT TWO}': (quantized, 's-d2'),
+    f'{bits}, D-D\N{SUPERSCRIPT TWO}': (quantized, 'd-d2'),
   }
-  pictures = []
+  pictures, row_names = [], []
   for name, (source, correction) in rows.items():
     run_batch = batch_runner(
       source,
@@ -197,13 +200,15 @@ def compare(
       model.config.seed,
     )
     pictures.append(run_batch(index, labels)['images'])
-    _log.info('%-16s %s', name, distance_text(pictures[0], pictures[-1]))
+    distance = distance_text(pictures[0], pictures[-1])
+    row_names.append(f'{name}\n{distance}'.strip())
+    _log.info('%-14s %s', name, distance)
   scale = max(1, 64 // pictures[0].shape[1])
   picture = images.grid(
     np.concatenate(pictures),
     len(labels),
     scale,
-    row_names=list(rows),
+    row_names=row_names,
     column_names=[str(label) for label in labels] if model.num_classes else (),
   )
   target = directory / 'compare.png'
@@ -215,8 +220,6 @@ def compare(
 def distance_text(reference: np.ndarray, other: np.ndarray) -> str:
   """PSNR of uint8 images to those of full precision, in words."""
   if reference is other:
-    return 'the reference'
+    return ''
   error = np.square(reference.astype(float) - other.astype(float)).mean()
-  if not error:
-    return 'equal to full precision'
-  return f'{10 * np.log10(255**2 / error):.2f} dB PSNR to full precision'
+  return f'{10 * np.log10(255**2 / error):.2f} dB PSNR' if error else 'equal'

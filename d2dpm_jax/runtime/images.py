@@ -41,7 +41,8 @@ def grid(
   _, h, w, _ = images.shape
   rows = -(-len(images) // columns)
   font = ImageFont.load_default(14)
-  left = max((int(font.getlength(n)) for n in row_names), default=-8) + 12
+  lines = [line for name in row_names for line in name.splitlines()]
+  left = max((int(font.getlength(line)) for line in lines), default=-8) + 12
   top = 24 if column_names else 4
   size = (left + columns * (w + _GAP) + 4, top + rows * (h + _GAP) + 4)
   canvas = Image.new('RGB', size, 'white')
@@ -54,7 +55,7 @@ def grid(
     )
   for i, name in enumerate(row_names):
     y = top + i * (h + _GAP) + h // 2
-    draw.text((6, y), name, 'black', font, anchor='lm')
+    draw.multiline_text((6, y), name, 'black', font, anchor='lm', spacing=6)
   for i, name in enumerate(column_names):
     x = left + i * (w + _GAP) + w // 2
     draw.text((x, top // 2), name, 'black', font, anchor='mm')

@@ -14,29 +14,41 @@ class Progress:
   """Counts work; shows rate, time left and the latest loss or note."""
 
   def __init__(self, name: str, total: int, unit: str):
-    terminal = sys.stderr.isatty()
-    self._bar = tqdm(
-      total=total,
-      desc=name,
-      unit=unit,
-      file=sys.stderr,
-      dynamic_ncols=terminal,
-      mininterval=0.2 if terminal else _LINE_EVERY_S,
-      maxinterval=10 * _LINE_EVERY_S,
-      ascii=not terminal,
-      bar_format=None
-      if terminal
-      else '{desc}: {n_fmt}/{total_fmt} {unit}, {rate_fmt}, '
-      '{elapsed} gone, {remaining} left{postfix}\n',
-    )
+    self._name, self._total, self._unit = name, total, unit
+    self._done, self._note = 0, ''
+    self._start = self._shown = time.perf_counter()
+    self._bar = None
+    if sys.stderr.isatty():
+      self._bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True)
 
   def update(self, n: int = 1, note: str = '') -> None:
-    if note:
-      self._bar.set_postfix_str(note, refresh=False)
-    self._bar.update(n)
+    self._done += n
+    self._note = note or self._note
+    if self._bar is not None:
+      self._bar.set_postfix_str(self._note, refresh=False)
+      self._bar.update(n)
+    elif time.perf_counter() - self._shown >= _LINE_EVERY_S:
+      self._write_line()
 
   def close(self) -> None:
-    self._bar.close()
+    if self._bar is not None:
+      self._bar.close()
+    else:
+      self._write_line()
+
+  def _write_line(self) -> None:
+    self._shown = time.perf_counter()
+    gone = self._shown - self._start
+    rate = self._done / max(gone, 1e-9)
+    left = (self._total - self._done) / rate if rate else float('nan')
+    parts = [
+      f'{self._name}: {self._done}/{self._total} {self._unit}',
+      f'{rate:.3g} {self._unit}/s',
+      f'{gone:.0f} s gone',
+      f'{left:.0f} s left',
+      self._note,
+    ]
+    print(', '.join(p for p in parts if p), file=sys.stderr, flush=True)
 
 
 @contextmanager
