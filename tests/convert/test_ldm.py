@@ -1,17 +1,27 @@
 """State dicts of latent diffusion: what is used, ignored, and complained of."""
 
 import functools
+import json
+import math
 from unittest import mock
 
 import ml_dtypes
 import numpy as np
 import pytest
-from ldm_files import family, refs
+from ldm_files import GOLDEN, family, refs
 
+from configs import imagenet, lsun_bedrooms, lsun_churches
 from convert import ldm, ldm_yaml, names
+from convert.torch_reader import TensorRef
 from d2dpm_jax.models import latent_diffusion
+from d2dpm_jax.pipelines import setup
 
 _UNET = 'model.diffusion_model.'
+_CONFIGS = {
+  'imagenet': imagenet,
+  'lsun_bedrooms': lsun_bedrooms,
+  'lsun_churches': lsun_churches,
+}
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -84,6 +94,38 @@ def test_every_tensor_is_used_or_ignored_with_a_reason():
     tensors[name].size for name in used
   )
   assert report.weights == 'raw'
+
+
+@pytest.mark.parametrize('name', _CONFIGS)
+def test_names_of_the_published_checkpoints(name):
+  """Full size, as the original classes make them; no weights."""
+  with np.load(GOLDEN / 'ldm_state_dicts.npz') as file:
+    shapes = json.loads(str(file[f'{name}/tensors']))
+    alphas = file[f'{name}/alphas_cumprod']
+  tensors = {
+    k: TensorRef(
+      tuple(shape),
+      np.dtype('f4'),
+      lambda shape=shape: np.broadcast_to(np.float32(1), shape),
+    )
+    for k, shape in shapes
+  }
+  tensors['alphas_cumprod'] = refs({'a': alphas})['a']
+  config = _CONFIGS[name].get_config()
+  params, report = ldm.convert(
+    tensors,
+    setup.build(config),
+    scale_factor=config.checkpoint.scale_factor,
+    store=lambda array: array.shape,
+  )
+  assert report.parameters['unet'] == sum(
+    math.prod(shape) for k, shape in shapes if k.startswith(_UNET)
+  )
+  assert report.weights == ('raw' if name == 'imagenet' else 'ema')
+  assert report.schedule.startswith("the config's")
+  assert ('scale_factor' in report.mapped) == (name == 'lsun_churches')
+  assert set(report.mapped.values()) | set(report.ignored) == set(tensors)
+  assert params['unet']['input_blocks_0_0']['kernel'][:2] == (3, 3)
 
 
 def test_averages_are_used_unless_raw_weights_are_asked_for():
