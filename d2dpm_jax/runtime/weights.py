@@ -1,5 +1,6 @@
 """Parameter trees on disk: one .safetensors file, or an Orbax directory."""
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors
@@ -47,7 +49,7 @@ def save_safetensors(
 
 
 def load_safetensors(path: pathlib.Path) -> tuple[Params, dict[str, Any]]:
-  """Reads what `save_safetensors` wrote; float16 and float32 become float32.
+  """Reads what `save_safetensors` wrote; floats of any size become float32.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -64,9 +66,17 @@ def load_safetensors(path: pathlib.Path) -> tuple[Params, dict[str, Any]]:
       f'{path} is damaged or no .safetensors file: {error}'
     ) from error
   flat = {
-    k: v.astype(np.float32) if np.issubdtype(v.dtype, np.floating) else v
+    # NumPy alone does not take bfloat16 for a float.
+    k: v.astype(np.float32) if jnp.issubdtype(v.dtype, jnp.floating) else v
     for k, v in flat.items()
   }
+  for name in flat:
+    parents = itertools.accumulate(name.split('/')[:-1], '{}/{}'.format)
+    if clash := [parent for parent in parents if parent in flat]:
+      raise ValueError(
+        f'{path} is no .safetensors file of this project: it holds {name} and '
+        f'{clash[0]}.'
+      )
   return traverse_util.unflatten_dict(flat, sep='/'), meta
 
 
@@ -92,34 +102,26 @@ def save_tree(path: pathlib.Path, tree: Any, meta: Mapping[str, Any]) -> None:
   files.write_json(path / _META, meta)
 
 
-def load_tree(
-  path: pathlib.Path, like: Any = None
-) -> tuple[Any, dict[str, Any]]:
+def load_tree(path: pathlib.Path) -> tuple[Any, dict[str, Any]]:
   """Reads what `save_tree` wrote.
 
-  Args:
-    path: the directory.
-    like: a tree of the same structure with arrays or jax.ShapeDtypeStruct
-      leaves; None restores nested dicts of NumPy arrays as saved.
-
   Returns:
-    The tree and its metadata.
+    Nested dicts of NumPy arrays, and the metadata.
 
   Raises:
     FileNotFoundError: the directory is missing or was not finished.
-    ValueError: what is there cannot be read, or has other shapes.
+    ValueError: what is there cannot be read.
   """
   if not (path / _META).is_file():
     raise FileNotFoundError(f'No complete checkpoint at {path}.')
   meta = files.read_json(path / _META)
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      if like is None:
-        structure = checkpointer.metadata(path.absolute() / 'tree')
-        like = jax.tree.map(
-          lambda leaf: np.zeros(leaf.shape, leaf.dtype),
-          structure.item_metadata.tree,
-        )
+      structure = checkpointer.metadata(path.absolute() / 'tree')
+      like = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+        structure.item_metadata.tree,
+      )
       tree = checkpointer.restore(path.absolute() / 'tree', like)
   except Exception as error:  # Orbax raises many kinds for a damaged file.
     reason = str(error).splitlines()[0] if str(error) else repr(error)
