@@ -136,7 +136,7 @@ def quantize(
   """
   config = model.config
   table, layers = layer_policy(model)
-  _log.info('%s', policy.format_policy(table, layers))
+  _write_table(paths.layer_table, policy.format_policy(table, layers))
   timesteps = generation.rows_of(model.ldm, model.sampler).t
   x, t, labels = trajectories.network_inputs(
     spool,
@@ -178,8 +178,15 @@ def quantize(
       on_unit_done=on_unit_done,
       resume=resume,
     )
-  _log.info('%s', reconstruction.format_reports(reports))
+  _write_table(paths.unit_table, reconstruction.format_reports(reports))
   return qstate
+
+
+def _write_table(path: pathlib.Path, text: str) -> None:
+  """Keeps a long table in a file; shows its last line and where it is."""
+  with files.atomic_write(path, 'w') as file:
+    file.write(f'{text}\n')
+  _log.info('%s (all of it: %s)', text.splitlines()[-1], path)
 
 
 def reconstruction_settings(

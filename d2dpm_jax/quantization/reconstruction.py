@@ -573,7 +573,7 @@ def reconstruct(
 
 
 def format_reports(reports: Sequence[UnitReport]) -> str:
-  """Table of the units: losses before and after, flips, time."""
+  """Table of the units: losses before and after, flips, time; a summary."""
   rows: list[tuple[str, ...]] = [
     ('phase', 'unit', 'kind', 'layers', 'before', 'after', 'after/signal')
     + ('flipped', 'seconds', 'note')
@@ -595,4 +595,20 @@ def format_reports(reports: Sequence[UnitReport]) -> str:
         'kept initial' if r.kept_initial else note,
       )
     )
-  return format_table(rows)
+  return f'{format_table(rows)}\n{_summary(reports)}'
+
+
+def _summary(reports: Sequence[UnitReport]) -> str:
+  """How much learning lowered the losses, in one line."""
+  parts = []
+  for phase in PHASES:
+    ratios = [
+      r.loss_after / r.loss_before
+      for r in reports
+      if r.phase == phase and r.unit.learned and r.loss_before > 0
+    ]
+    if ratios:
+      mean = float(np.exp(np.mean(np.log(np.maximum(ratios, 1e-12)))))
+      parts.append(f'{phase} loss {mean:.2f} times that before')
+  units = len({r.unit.path for r in reports})
+  return f'{units} units: {", ".join(parts) or "nothing was learned"}.'

@@ -50,6 +50,16 @@ class Workdir:
     return self.root / 'calibration'
 
   @property
+  def layer_table(self) -> pathlib.Path:
+    """Bits of every layer."""
+    return self.calibration / 'layers.txt'
+
+  @property
+  def unit_table(self) -> pathlib.Path:
+    """Loss of every unit before and after its reconstruction."""
+    return self.calibration / 'units.txt'
+
+  @property
   def trajectories(self) -> pathlib.Path:
     return self.calibration / 'trajectories'
 
