@@ -15,7 +15,7 @@ class Progress:
 
   def __init__(self, name: str, total: int, unit: str):
     self._name, self._total, self._unit = name, total, unit
-    self._done, self._note = 0, ''
+    self._done, self._shown_done, self._note = 0, -1, ''
     self._start = self._shown = time.perf_counter()
     self._bar = None
     if sys.stderr.isatty():
@@ -33,11 +33,11 @@ class Progress:
   def close(self) -> None:
     if self._bar is not None:
       self._bar.close()
-    else:
+    elif self._shown_done != self._done:
       self._write_line()
 
   def _write_line(self) -> None:
-    self._shown = time.perf_counter()
+    self._shown, self._shown_done = time.perf_counter(), self._done
     gone = self._shown - self._start
     rate = self._done / max(gone, 1e-9)
     left = (self._total - self._done) / rate if rate else float('nan')
