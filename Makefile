@@ -4,10 +4,13 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= out/demo
 CONFIG := configs/mnist.py
+# Of `make golden`: a Python with PyTorch, and checkouts of the originals.
+TORCH ?= .venv-torch/bin/python
+GOLDEN_SOURCES ?= golden-sources
 # One process a core, and no oversubscription inside each.
 TEST_WORKERS ?= 2
 
-.PHONY: demo test test-slow lint types format clean help
+.PHONY: demo golden test test-slow lint types format clean help
 
 help:  ## Lists the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -29,6 +32,9 @@ demo: $(VENV)/.run  ## Calibrates the embedded model and draws the comparison.
 
 test: $(VENV)/.dev  ## Runs the tests: 2 cores, under 10 minutes.
 	$(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+golden:  ## Re-makes and compares reference arrays; tests/golden/README.md.
+	$(TORCH) tests/golden/remake.py $(GOLDEN_SOURCES)
 
 lint: $(VENV)/.dev  ## Checks style.
 	$(VENV)/bin/ruff check .
