@@ -186,8 +186,8 @@ def compare(
   rows = {
     'full precision': (plain_model, 'none'),
     bits: (quantized, 'none'),
-    f'{bits}, S-D\N{SUPERSCRIPT TWO}': (quantized, 's-d2'),
-    f'{bits}, D-D\N{SUPERSCRIPT TWO}': (quantized, 'd-d2'),
+    f'{bits}, S-D2': (quantized, 's-d2'),
+    f'{bits}, D-D2': (quantized, 'd-d2'),
   }
   pictures, row_names = [], []
   for name, (source, correction) in rows.items():
