@@ -3,6 +3,7 @@
 Must run before JAX starts.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -29,6 +30,24 @@ def pytest_unconfigure(config: pytest.Config) -> None:
   del config
   if _own_cache is not None:
     shutil.rmtree(_own_cache, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def quick():
+  """Compiles with few optimizations: half the time, other last bits."""
+  import jax
+
+  jax.config.update('jax_disable_most_optimizations', True)
+  try:
+    yield
+  finally:
+    jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='module')
+def quick_compile():
+  with quick():
+    yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,4 +113,5 @@ def calibrated(
   from d2dpm_jax.runtime import files
 
   paths = files.Workdir.at(tmp_path_factory.mktemp('calibrated') / 'work')
-  return Calibrated(paths, calibrate.calibrate(tiny.model, paths))
+  with quick():
+    return Calibrated(paths, calibrate.calibrate(tiny.model, paths))

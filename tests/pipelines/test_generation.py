@@ -1,0 +1,143 @@
+"""An image depends on its number and the seed, not on how it was run."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from d2dpm_jax.pipelines import artifacts, generation, sample
+
+_TESTS = pathlib.Path(__file__).parents[1]
+_MODELS = {'full_precision': 'none', 'quantized': 'd-d2'}
+
+
+@pytest.fixture(scope='module')
+def one_device(tiny, calibrated, tmp_path_factory):
+  """What tests/pipelines/one_device.py makes, on one device."""
+  target = tmp_path_factory.mktemp('one_device') / 'out.npz'
+  flags = os.environ['XLA_FLAGS'].split()
+  kept = [f for f in flags if 'device_count' not in f]
+  script = _TESTS / 'pipelines' / 'one_device.py'
+  done = subprocess.run(
+    [sys.executable, script, tiny.weights, calibrated.paths.root, target],
+    env={
+      **os.environ,
+      'XLA_FLAGS': ' '.join(kept),
+      'PYTHONPATH': f'{_TESTS.parent}{os.pathsep}{_TESTS}',
+    },
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  with np.load(target) as file:
+    return dict(file)
+
+
+@pytest.fixture(scope='module')
+def runners(tiny, calibrated):
+  """(index, labels, seed=0) -> images and latents, on eight devices."""
+  # Another microbatch than in other tests, whose programs are compiled with
+  # fewer optimizations: these are what users get.
+  sources = {
+    'full_precision': artifacts.full_precision(tiny.model),
+    'quantized': calibrated.quantized,
+  }
+
+  def runner(name):
+    def run(index, labels, seed=0):
+      batch = sample.batch_runner(
+        sources[name], _MODELS[name], False, False, 4, seed
+      )
+      return batch(np.asarray(index, np.int32), np.asarray(labels, np.int32))
+
+    return run
+
+  return {name: runner(name) for name in _MODELS}
+
+
+@pytest.mark.parametrize('name', _MODELS)
+@pytest.mark.parametrize('size', [1, 7])
+def test_batch_size_has_no_effect(one_device, name, size):
+  """Not even on the last bit, which a quantized network would amplify."""
+  for key in ('latents', 'images'):
+    part = one_device[f'{name}/{size}/{key}']
+    whole = one_device[f'{name}/64/{key}']
+    np.testing.assert_array_equal(part, whole[: len(part)])
+
+
+def test_images_are_not_trivial(one_device):
+  for name in _MODELS:
+    latents = one_device[f'{name}/64/latents']
+    images = one_device[f'{name}/64/images']
+    assert latents.shape == (64, 4, 4, 3) and np.isfinite(latents).all()
+    assert images.shape == (64, 8, 8, 1) and images.dtype == np.uint8
+    assert len(np.unique(images.reshape(64, -1), axis=0)) == 64
+  difference = (
+    one_device['quantized/64/latents'] - one_device['full_precision/64/latents']
+  )
+  assert np.abs(difference).min(axis=(1, 2, 3)).max() > 0
+  assert np.abs(difference).max(axis=(1, 2, 3)).min() > 1e-3
+
+
+@pytest.mark.parametrize('name', _MODELS)
+def test_eight_devices_equal_one(one_device, runners, tiny, name):
+  index = np.arange(10)
+  labels = generation.balanced_labels(0, index, tiny.model.num_classes)
+  out = runners[name](index, labels)
+  want = one_device[f'{name}/64/latents'][:10]
+  # The same microbatches run the same program but for its partitioning.
+  np.testing.assert_allclose(out['latents'], want, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(
+    out['images'], one_device[f'{name}/64/images'][:10]
+  )
+
+
+@pytest.mark.parametrize('name', _MODELS)
+def test_an_image_depends_on_seed_number_and_label_alone(runners, name):
+  run = runners[name]
+  index, labels = np.arange(10), np.arange(10) % 4
+  first = run(index, labels)
+  again = run(index, labels)
+  for key in ('latents', 'images'):
+    np.testing.assert_array_equal(first[key], again[key])
+  # Other neighbours, another place in the batch, another device.
+  chosen = np.array([7, 2, 9])
+  some = run(chosen, labels[chosen])
+  np.testing.assert_array_equal(some['latents'], first['latents'][chosen])
+  changes = {
+    'seed': run(index, labels, seed=1),
+    'number': run(index + 100, labels),
+    'label': run(index, (labels + 1) % 4),
+  }
+  for what, other in changes.items():
+    distance = np.abs(other['latents'] - first['latents'])
+    assert distance.max(axis=(1, 2, 3)).min() > 1e-3, what
+
+
+@pytest.mark.parametrize('classes', [1, 4, 10])
+def test_labels_are_balanced_in_every_whole_block(classes):
+  labels = generation.balanced_labels(3, np.arange(6 * classes), classes)
+  assert labels.dtype == np.int32
+  for block in labels.reshape(6, classes):
+    assert sorted(block) == list(range(classes))
+
+
+def test_label_of_an_image_depends_on_its_number_alone():
+  whole = generation.balanced_labels(0, np.arange(1000), 10)
+  chosen = np.array([999, 3, 500, 501, 3])
+  np.testing.assert_array_equal(
+    generation.balanced_labels(0, chosen, 10), whole[chosen]
+  )
+  np.testing.assert_array_equal(
+    generation.balanced_labels(0, np.arange(37, 74), 10), whole[37:74]
+  )
+
+
+def test_labels_are_shuffled_anew_in_every_block_and_seed():
+  blocks = generation.balanced_labels(0, np.arange(200), 10).reshape(20, 10)
+  assert len(np.unique(blocks, axis=0)) > 15
+  other = generation.balanced_labels(1, np.arange(200), 10).reshape(20, 10)
+  assert (blocks != other).any(1).sum() > 15
