@@ -1,5 +1,7 @@
 """`--mode convert`: PyTorch weights of latent diffusion become ours."""
 
+import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import logging
@@ -39,6 +41,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   scale_factor = settings.scale_factor
   if settings.ldm_yaml:
     scale_factor = ldm_yaml.read(settings.ldm_yaml).scale_factor
+  _return_freed_memory()
   with open_checkpoint(settings.torch_path) as checkpoint:
     with progress.progress('conversion', len(checkpoint), 'tensor') as bar:
       try:
@@ -81,6 +84,16 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
       settings.path,
       paths.params,
     )
+
+
+def _return_freed_memory() -> None:
+  """Makes glibc give blocks above 1 MiB back to the system when they are freed.
+
+  Otherwise it keeps up to 32 MiB of each for later, and the peak of a
+  conversion is 1.35 times the size of the checkpoint instead of 1.25.
+  """
+  with contextlib.suppress(OSError, AttributeError, TypeError):
+    ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
 
 
 def _store(array: np.ndarray) -> Any:

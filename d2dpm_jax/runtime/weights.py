@@ -20,7 +20,7 @@ from d2dpm_jax.runtime import files
 Params = dict[str, Any]
 
 _META = 'd2dpm_meta.json'
-_IN_FLIGHT = 64 * 2**20
+_PIECE = 8 * 2**20  # Bytes that are compressed and written at a time.
 
 
 def save_safetensors(
@@ -92,12 +92,15 @@ def save_tree(path: pathlib.Path, tree: Any, meta: Mapping[str, Any]) -> None:
     shutil.rmtree(path)
   # By default Orbax holds all of it in memory once more before it writes.
   sizes = [getattr(leaf, 'nbytes', 0) for leaf in jax.tree.leaves(tree)]
-  in_flight = max([_IN_FLIGHT, *sizes])
+  in_flight = max([_PIECE, *sizes]) + 1  # It counts in GB: may round down.
   handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=in_flight / 1e9)
+  pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), tree)
   with ocp.Checkpointer(handler) as checkpointer:
     checkpointer.save(
       path.absolute() / 'tree',
-      args=ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=_IN_FLIGHT),
+      args=ocp.args.PyTreeSave(
+        tree, save_args=pieces, ocdbt_target_data_file_size=_PIECE
+      ),
     )
   files.write_json(path / _META, meta)
 
