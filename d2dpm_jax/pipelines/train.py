@@ -1,5 +1,6 @@
 """`--mode train`: the three embedded MNIST models, from data to weights."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -85,8 +86,9 @@ def train_classifier(
     _settings(section),
     paths.training / 'classifier',
   )
+  apply: Any = model.apply
   logits = batched(
-    lambda p, x: model.apply({'params': p}, x)['logits'],
+    lambda p, x: apply({'params': p}, x)['logits'],
     state.ema,
     data.to_float(digits.test_images),
   )
@@ -111,14 +113,14 @@ def train_first_stage(
 ) -> Any:
   """Trains the VQ autoencoder; codes that no latent uses are moved."""
   model = ldm.first_stage
-  rng = np.random.default_rng(0)
+  apply: Any = model.apply
   encode = jax.jit(
-    lambda p, x: model.apply({'params': p}, x, method='encode').reshape(
+    lambda p, x: apply({'params': p}, x, method='encode').reshape(
       -1, model.embed_dim
     )
   )
   nearest = jax.jit(
-    lambda p, z: model.apply({'params': p}, z, method='quantize').indices
+    lambda p, z: apply({'params': p}, z, method='quantize').indices
   )
 
   def revive(state: loop.TrainState) -> loop.TrainState:
@@ -126,7 +128,9 @@ def train_first_stage(
     step = int(state.step)
     if step > section.steps // 2 or step % 500 not in (0, 100):
       return state
-    rows = np.sort(rng.choice(len(digits.train_images), 1024, replace=False))
+    rng = np.random.default_rng(step)  # The same codes in a resumed run.
+    count = len(digits.train_images)
+    rows = np.sort(rng.choice(count, min(1024, count), replace=False))
     z = encode(state.params, data.to_float(digits.train_images[rows]))
     used = np.unique(nearest(state.params, z[:, None, None, :]))
     codebook = np.array(state.params['quantize']['embedding']['embedding'])
@@ -139,7 +143,9 @@ def train_first_stage(
       value = devices.replicate(codebook)
       return {**tree, 'quantize': {'embedding': {'embedding': value}}}
 
-    return state.replace(params=moved(state.params), ema=moved(state.ema))
+    return dataclasses.replace(
+      state, params=moved(state.params), ema=moved(state.ema)
+    )
 
   state = loop.fit(
     'first stage',

@@ -1,6 +1,7 @@
 """MNIST, from tensorflow-datasets or from a local .npz."""
 
 import pathlib
+import zipfile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,7 +55,7 @@ def _from_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
     with np.load(path, allow_pickle=False) as file:
       return {name: file[name] for name in names}
-  except (KeyError, OSError, ValueError) as error:
+  except (KeyError, OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
     raise ValueError(
       f'{path} is not an .npz with {", ".join(names)}: {error}'
     ) from error
