@@ -10,7 +10,7 @@ GOLDEN_SOURCES ?= golden-sources
 # One process a core, and no oversubscription inside each.
 TEST_WORKERS ?= 2
 
-.PHONY: demo golden test test-slow lint types format clean help
+.PHONY: demo golden test lint types format clean help
 
 help:  ## Lists the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'

@@ -11,6 +11,7 @@ C for a channel-wise model and absent for a tensor-wise one.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -471,7 +472,8 @@ def fit(
   fits = []
   for t in timesteps:
     try:
-      fits.append(fit_timestep(lambda t=t: pairs(t), channel_wise, outlier_std))
+      at = functools.partial(pairs, t)
+      fits.append(fit_timestep(at, channel_wise, outlier_std))
     except ValueError as e:
       raise ValueError(f'Timestep {t}: {e}') from e
   return stack(timesteps, fits, settings)

@@ -199,7 +199,11 @@ def classifier_free(
     ValueError: guidance is wanted but `null_context` is missing.
   """
   if context is None or guidance_scale == 1:
-    return lambda x, t, table=None: network(x, t, context, table)
+
+    def unguided(x, t, table=None):
+      return network(x, t, context, table)
+
+    return unguided
   if null_context is None:
     raise ValueError(f'guidance_scale {guidance_scale} needs a null_context.')
 

@@ -200,8 +200,8 @@ class VectorQuantizer(nn.Module):
     embed = nn.Embed(
       self.n_embed,
       self.embed_dim,
-      embedding_init=lambda *args: jax.random.uniform(
-        *args, minval=-limit, maxval=limit
+      embedding_init=lambda key, shape, dtype: jax.random.uniform(
+        key, shape, dtype, -limit, limit
       ),
       name='embedding',
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -146,9 +147,11 @@ def quantize(
     config.seed,
     config.calibration.timesteps,
   )
-  context = ()
+  context: tuple[np.ndarray, ...] = ()
   if model.ldm.cond_stage is not None:
-    context = (np.asarray(model.ldm.context(model.params, labels)),)
+    context = (
+      np.asarray(model.ldm.context(model.params, jnp.asarray(labels))),
+    )
   variables = {'params': model.params['unet']}
   inputs = (x, t, *context)
   block_types = tuple(config.quant.block_types)

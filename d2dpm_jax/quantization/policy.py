@@ -109,9 +109,9 @@ def build_policy(paths: Iterable[Any], rules: Sequence[Rule]) -> Policy:
   policy: Policy = {}
   lost = []
   for name in names:
-    for pattern, bits in compiled:
+    for pattern, width in compiled:
       if pattern.fullmatch(name):
-        policy[name] = bits
+        policy[name] = width
         break
     else:
       lost.append(name)

@@ -51,7 +51,7 @@ PHASES = ('weight', 'act')
 # progress(unit path, phase, iterations done, iterations, mean loss since).
 Progress = Callable[[str, str, int, int, float], None]
 # Flat dict of NumPy arrays, fit for `np.savez`; see `reconstruct`.
-UnitState = dict[str, np.ndarray]
+UnitState = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,7 +88,9 @@ def take_apart(
     arrays (flags, strings) are part of the form.
   """
   leaves, tree = jax.tree.flatten((args, kwargs))
-  batch, whole, slots = [], [], []
+  batch: list[Any] = []
+  whole: list[Any] = []
+  slots: list[Any] = []
   for leaf in leaves:
     if not isinstance(leaf, jax.Array | np.ndarray):
       slots.append(('static', leaf))
