@@ -1,10 +1,18 @@
 """The digit classifier whose features and labels judge MNIST samples."""
 
+import hashlib
+import pathlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from d2dpm_jax.evaluation.features import Activations, FeatureNet
+from d2dpm_jax.runtime import weights
+
 FEATURES = 128
+CLASSES = 10
+IMAGE_SHAPE = (32, 32, 1)
 
 
 class DigitClassifier(nn.Module):
@@ -33,9 +41,29 @@ class DigitClassifier(nn.Module):
     x = nn.max_pool(x, (2, 2), (2, 2))
     x = x.reshape(x.shape[0], -1)
     features = nn.relu(nn.Dense(FEATURES, name='features')(x))
-    logits = nn.Dense(10, name='logits')(features)
+    logits = nn.Dense(CLASSES, name='logits')(features)
     return {
       'features': features.astype(jnp.float32),
       'spatial': spatial.astype(jnp.float32),
       'logits': logits.astype(jnp.float32),
     }
+
+
+def digit_net(path: pathlib.Path) -> FeatureNet:
+  """The classifier as a feature network.
+
+  Args:
+    path: its weights, as --mode train writes them.
+
+  Raises:
+    FileNotFoundError: there are none.
+    ValueError: they are damaged.
+  """
+  params, _ = weights.load_safetensors(path)
+
+  def apply(params, images):
+    images = images.astype(jnp.float32) / 127.5 - 1.0
+    return Activations(**DigitClassifier().apply({'params': params}, images))
+
+  digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+  return FeatureNet('digits', digest, IMAGE_SHAPE, CLASSES, params, apply)
