@@ -8,6 +8,7 @@ Modes:
   convert    reads a PyTorch checkpoint of latent diffusion
   calibrate  quantizes the network and fits its error model
   sample     generates images with the quantized, corrected network
+  evaluate   judges images: FID, sFID, IS, precision, recall, labels
 
 Any field of a config can be set: --config.quant.weight_bits=8
 """
@@ -18,12 +19,13 @@ import logging
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-MODES = ('train', 'convert', 'calibrate', 'sample')
+MODES = ('train', 'convert', 'calibrate', 'sample', 'evaluate')
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'An experiment, such as configs/mnist.py.', lock_config=True
@@ -57,7 +59,8 @@ def main(argv: Sequence[str]) -> None:
   logging.getLogger('d2dpm_jax').setLevel(logging.INFO)
   if not flags.FLAGS['config'].present:
     raise ValueError('--config is missing; try --config configs/mnist.py.')
-  path = pathlib.Path(flags.FLAGS['config'].config_filename)
+  flag: Any = flags.FLAGS['config']
+  path = pathlib.Path(flag.config_filename)
   if not path.is_file():
     raise ValueError(f'--config {path}: there is no such file.')
   pipeline = _pipeline(_MODE.value)
