@@ -308,3 +308,13 @@ def test_configs(name, arg):
   assert (config.sampler.guidance_scale == 1) == (name != 'imagenet')
   with pytest.raises(ValueError, match='expected'):
     _CONFIGS[name].get_config('paper')
+
+
+def test_parameters_larger_than_a_piece_are_written(tmp_path):
+  # A limit of exactly this size in GB is a little less in bytes.
+  size = 16_588_800 // 4
+  tree = {'a': {'b': jax.numpy.arange(size, dtype=np.float32)}, 'c': {}}
+  weights.save_tree(tmp_path / 'params', tree, {'d': 1})
+  found, meta = weights.load_tree(tmp_path / 'params')
+  np.testing.assert_array_equal(found['a']['b'], np.arange(size))
+  assert meta == {'d': 1}

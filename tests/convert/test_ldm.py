@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import weakref
 from unittest import mock
 
 import ml_dtypes
@@ -291,3 +292,24 @@ def test_report_says_what_happened():
   assert 'U-Net weights: ema' in text
   assert 'scale_factor: 0.25 (of the checkpoint)' in text
   assert '2 tensors not needed: counter of the moving average' in text
+
+
+def test_one_tensor_is_in_memory_at_a_time():
+  alive, most = weakref.WeakSet(), 0
+
+  class Array(np.ndarray):  # Plain arrays have neither hash nor weak reference.
+    __hash__ = object.__hash__
+
+  def track(ref):
+    def load():
+      nonlocal most
+      array = ref.load().view(Array)
+      alive.add(array)
+      most = max(most, len(alive))
+      return array
+
+    return TensorRef(ref.shape, ref.dtype, load)
+
+  tracked = {k: track(ref) for k, ref in refs(_tensors(ema=True)).items()}
+  ldm.convert(tracked, _model(), store=lambda array: array.shape)
+  assert 1 <= most <= 2
