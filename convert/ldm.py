@@ -121,6 +121,8 @@ def convert(
   """
   plan = _sort(tensors, use_ema)
   problems = plan.problems
+  for _ in plan.ignored:
+    on_tensor()
   mapped: dict[str, str] = {}
   params: dict[str, Any] = {}
   sizes = {}
@@ -147,6 +149,7 @@ def convert(
   params[_SCALE] = store(np.asarray(scale, np.float32))
   if _SCALE in tensors:
     mapped[_SCALE] = _SCALE
+    on_tensor()
   schedule_text = _check_schedule(tensors, ldm, problems)
   if problems:
     raise ValueError(_complaint(problems))

@@ -283,10 +283,14 @@ def test_conditional_checkpoint_needs_a_conditional_model():
 
 
 def test_report_says_what_happened():
+  tensors = _tensors(ema=True, scale_factor=0.25)
+  counted = []
   _, report = _convert(
-    _tensors(ema=True, scale_factor=0.25),
+    tensors,
     contents={'epoch': 7, 'global_step': 1234, 'callbacks': {}},
+    on_tensor=lambda: counted.append(1),
   )
+  assert len(counted) == len(tensors)
   assert report.training == {'epoch': 7, 'global_step': 1234}
   text = report.summary()
   assert 'U-Net weights: ema' in text
