@@ -2,7 +2,7 @@
 
   python remake.py SOURCES
 
-SOURCES is a folder with the four checkouts that README.md beside this file
+SOURCES is a folder with the five checkouts that README.md beside this file
 names. The scripts run in a temporary copy of this folder; nothing stored here
 changes. Needs PyTorch, not JAX.
 """
@@ -30,6 +30,7 @@ _RUNS = (
   ),
   ('make_ddim.py', '--ldm={}/latent-diffusion'),
   ('make_correction.py', '--d2dpm={}/D2-DPM', '--ptqd={}/PTQD'),
+  ('make_inception.py', '--source={}/torch-fidelity'),
   ('make_quant.py',),
   ('make_torch_files.py',),
 )
