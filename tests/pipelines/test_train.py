@@ -1,0 +1,128 @@
+"""`--mode train` from data to weights that the other modes take."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_config
+from helpers import assert_trees_equal
+
+from d2dpm_jax.evaluation.digits import DigitClassifier
+from d2dpm_jax.pipelines import setup, train
+from d2dpm_jax.runtime import files, weights
+from d2dpm_jax.training import data, loop
+
+pytestmark = pytest.mark.usefixtures('quick_compile')
+
+
+@pytest.fixture
+def digits():
+  """Random pixels, 8x8, so that training them takes no time."""
+  rng = np.random.default_rng(0)
+
+  def split(count):
+    images = rng.integers(0, 256, (count, 8, 8, 1), np.uint8)
+    return images, (np.arange(count) % 4).astype(np.int32)
+
+  return data.Digits(*split(24), *split(10))
+
+
+@pytest.fixture
+def config():
+  config = tiny_config.get_config()
+  for name in ('classifier', 'first_stage', 'diffusion'):
+    config.train[name].update(steps=2, batch_size=8)
+  return config
+
+
+def test_trains_resumes_and_is_loaded(
+  tiny, config, digits, tmp_path, monkeypatch
+):
+  paths = files.Workdir.at(tmp_path / 'work')
+  monkeypatch.setattr(data, 'load_mnist', lambda _: digits)
+  # Needs 32x32, and has a test of its own.
+  monkeypatch.setattr(train, 'train_classifier', lambda *_: None)
+  monkeypatch.setattr(train, '_MAP_BATCH', 8)
+  # Drawing parameters would take longer than training them.
+  initial = tiny.model.params
+  monkeypatch.setattr(train, '_on_host', lambda *_: dict(initial))
+  fit, begun = loop.fit, []
+
+  def killed(name, *args):
+    begun.append(name)
+    if name == 'diffusion':
+      raise KeyboardInterrupt
+    return fit(name, *args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, 'fit', killed)
+    with pytest.raises(KeyboardInterrupt):
+      train.run(config, str(paths.root))
+  assert begun == ['first stage', 'diffusion']
+  assert not list(paths.root.glob('*.safetensors'))
+  train.run(config, str(paths.root))
+
+  config.checkpoint.path = str(paths.root / 'mnist_ldm.safetensors')
+  model = setup.load(config)
+  for part in ('unet', 'first_stage', 'cond_stage'):
+    a, b = jax.tree.leaves(initial[part]), jax.tree.leaves(model.params[part])
+    assert any(np.abs(x - y).max() > 1e-5 for x, y in zip(a, b, strict=True))
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(model.params))
+  # Latents are scaled to a standard deviation of 1.
+  images = data.to_float(digits.train_images)
+  latents = model.ldm.encode(model.params, images)
+  assert abs(np.std(latents) - 1) < 0.02
+
+
+def test_classifier_is_written_with_its_accuracy(config, tmp_path, monkeypatch):
+  """Of a classifier that says 3, whatever it sees."""
+  images = np.zeros((25, 32, 32, 1), np.uint8)
+  labels = np.repeat(np.arange(5, dtype=np.int32), 5)
+  shapes = jax.eval_shape(
+    DigitClassifier().init, jax.random.key(0), jnp.zeros((1, 32, 32, 1))
+  )
+  params = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), shapes)['params']
+  params['logits']['bias'][3] = 1
+  monkeypatch.setattr(train, '_on_host', lambda *_: params)
+  monkeypatch.setattr(train, '_MAP_BATCH', 10)
+  trained = types.SimpleNamespace(ema=params)
+  monkeypatch.setattr(loop, 'fit', lambda *_: trained)
+  train.train_classifier(
+    config.train.classifier,
+    data.Digits(images, labels, images, labels),
+    jax.random.key(0),
+    files.Workdir.at(tmp_path),
+  )
+  stored, meta = weights.load_safetensors(
+    tmp_path / 'mnist_classifier.safetensors'
+  )
+  assert_trees_equal(stored, params)
+  assert meta['test_accuracy'] == 0.2
+
+
+def test_a_config_without_training(tiny, tmp_path):
+  config = tiny.config()
+  with config.unlocked():
+    del config.train
+  with pytest.raises(ValueError, match='has no `train` section'):
+    train.run(config, str(tmp_path / 'work'))
+  assert not (tmp_path / 'work').exists()
+
+
+def test_no_data_leaves_nothing(config, tmp_path):
+  config.train.data = str(tmp_path / 'none.npz')
+  with pytest.raises(FileNotFoundError, match='none.npz'):
+    train.run(config, str(tmp_path / 'work'))
+  assert not (tmp_path / 'work').exists()
+
+
+def test_batched_applies_to_every_row_once():
+  inputs = np.arange(21.0).reshape(7, 3)
+  train_batch, train._MAP_BATCH = train._MAP_BATCH, 3
+  try:
+    found = train.batched(lambda p, x: p * x, 2.0, inputs)
+  finally:
+    train._MAP_BATCH = train_batch
+  assert_trees_equal(found, (2 * inputs).astype(found.dtype))
