@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
   if not flags.FLAGS['config'].present:
     raise ValueError('--config is missing; try --config configs/mnist.py.')
   flag: Any = flags.FLAGS['config']
-  path = pathlib.Path(flag.config_filename)
+  path = pathlib.Path(flag.config_filename.split(':')[0])  # file:argument
   if not path.is_file():
     raise ValueError(f'--config {path}: there is no such file.')
   pipeline = _pipeline(_MODE.value)
