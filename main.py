@@ -41,8 +41,10 @@ _DEBUG = flags.DEFINE_bool(
 
 def _pipeline(mode: str | None):
   """Imports late: --help and flag errors need no JAX."""
+  if mode is None:
+    raise ValueError(f'--mode is missing; it is one of {", ".join(MODES)}.')
   if mode not in MODES:
-    close = difflib.get_close_matches(mode or '', MODES, 1)
+    close = difflib.get_close_matches(mode, MODES, 1)
     hint = f' Did you mean {close[0]!r}?' if close else ''
     raise ValueError(f'--mode {mode!r}: expected {", ".join(MODES)}.{hint}')
   importlib.import_module('d2dpm_jax.runtime.devices').use_compilation_cache()
@@ -76,25 +78,23 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     return flags.FLAGS(argv)
   except flags.Error as error:
     # Of a config file that fails, the last line of the traceback says why.
-    raise ValueError(str(error).strip().splitlines()[-1]) from error
+    text = str(error).strip().splitlines()[-1]
+    raise ValueError(text.removeprefix('ValueError: ')) from error
   except (AttributeError, KeyError) as error:
     # An unknown field is named by a repr within a repr: 'name'\\n...
-    text, *more = str(error).split('\\n')
-    unknown = isinstance(error, AttributeError) and text[:1] in '\'"'
-    kind = 'unknown field ' if unknown else ''
-    text = '. '.join([f'{kind}{text}', *more])
+    text = str(error).replace('\\n', '. ')
     for sign in '\'"\\':
       text = text.replace(sign, '')
-    raise ValueError(f'--config: {text}') from error
+    kind = 'unknown field ' if text.split('.')[0].isidentifier() else ''
+    raise ValueError(f'--config: {kind}{text}') from error
 
 
 def _one_line(error: BaseException) -> str:
-  text = ' '.join(str(error).split()) or type(error).__name__
-  return (
-    text
-    if isinstance(error, ValueError)
-    else (f'{type(error).__name__}: {text}')
-  )
+  text = ' '.join(str(error).split())
+  ours = isinstance(error, FileNotFoundError) and error.errno is None
+  if text and (ours or isinstance(error, ValueError)):
+    return text
+  return f'{type(error).__name__}: {text}'.removesuffix(': ')
 
 
 if __name__ == '__main__':
