@@ -2,9 +2,9 @@
 
 import ml_collections
 
-# LDM's layer rules (DESIGN: first regex that fully matches a path wins).
-# 'w' and 'a' are weight and activation bits; 'bits' stands for the bits of
-# `quant.weight_bits` and `quant.act_bits`; None leaves a layer in float.
+# Layers of LDM's U-Net by path, as regexes that have to match all of it: those
+# of `quant.edge_layers`, then `quant.float_layers`; the rest are quantized to
+# `quant.weight_bits` and `quant.act_bits`.
 FLOAT_LAYERS = r'(.*/)?(skip_connection|op)'
 # The paper's: AttentionBlock's layers are Conv1d there, which it leaves alone.
 PAPER_FLOAT_LAYERS_LSUN = r'(.*/)?(skip_connection|op|qkv|proj_out)'
@@ -97,8 +97,7 @@ def base_config() -> ml_collections.ConfigDict:
   # Joint Gaussian of (eps_q, eps_q - eps) per step.
   config.statistics = ml_collections.ConfigDict()
   config.statistics.num_samples = 1024
-  config.statistics.batch_size = 64
-  config.statistics.outlier_std = 4.0
+  config.statistics.outlier_std = 4.0  # farther from the mean: left out
 
   config.sample = sample = ml_collections.ConfigDict()
   sample.num_images = 64
