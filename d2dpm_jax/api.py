@@ -32,7 +32,7 @@ def load(
 
   Args:
     name: a file of configs/, with an argument after ':' if it takes one, as
-      on the command line: 'mnist', 'mnist:paper'.
+      on the command line: 'mnist', 'mnist:full'.
     overrides: config fields by dotted name, {'sampler.steps': 50}.
 
   Returns:
@@ -67,8 +67,8 @@ def _override(
 
 def calibrate(
   model: Model,
-  weight_bits: int = 4,
-  act_bits: int = 8,
+  weight_bits: int | None = None,
+  act_bits: int | None = None,
   workdir: str | os.PathLike[str] | None = None,
   overrides: Mapping[str, Any] | None = None,
 ) -> Quantized:
@@ -76,11 +76,12 @@ def calibrate(
 
   Args:
     model: of `load`.
-    weight_bits: 2..8.
-    act_bits: 2..8.
+    weight_bits: 2..8; None takes those of the model's config.
+    act_bits: likewise.
     workdir: keeps progress and result there, to go on after an interruption
       and for `load_quantized`; None keeps nothing.
-    overrides: config fields by dotted name, {'quant.rounding.iters': 0}.
+    overrides: config fields by dotted name,
+      {'quant.reconstruction.iters': 0}.
 
   Returns:
     What `sample` takes.
@@ -90,7 +91,8 @@ def calibrate(
   """
   config = model.config.copy_and_resolve_references()
   bits = {'quant.weight_bits': weight_bits, 'quant.act_bits': act_bits}
-  _override(config, {**bits, **(overrides or {})})
+  given = {name: value for name, value in bits.items() if value is not None}
+  _override(config, {**given, **(overrides or {})})
   model = dataclasses.replace(model, config=config)
   with contextlib.ExitStack() as stack:
     if workdir is None:
