@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
@@ -76,10 +75,6 @@ class Workdir:
     return self.root / 'metrics.json'
 
   @property
-  def events(self) -> pathlib.Path:
-    return self.root / 'events.jsonl'
-
-  @property
   def training(self) -> pathlib.Path:
     return self.root / 'training'
 
@@ -135,12 +130,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return json.loads(path.read_text())
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise ValueError(f'{path} is not valid JSON ({error}).') from error
-
-
-def fingerprint(content: Mapping[str, Any]) -> str:
-  """A short hash of settings, independent of the order of their keys."""
-  text = json.dumps(content, sort_keys=True, default=list)
-  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def differences(
