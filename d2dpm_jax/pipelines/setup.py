@@ -107,9 +107,11 @@ def load(
 
   Raises:
     FileNotFoundError: there are no weights at that place.
-    ValueError: they cannot be read or belong to another architecture, or the
-      sampler asks for what the model cannot do.
+    ValueError: they cannot be read or belong to another architecture, the
+      sampler asks for what the model cannot do, or the seed is negative.
   """
+  if config.seed < 0:
+    raise ValueError(f'seed is {config.seed}; expected >= 0.')
   config = resolve(config)
   ldm = build(config)
   _check_guidance(config, ldm)
