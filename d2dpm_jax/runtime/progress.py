@@ -40,12 +40,12 @@ class Progress:
     self._shown, self._shown_done = time.perf_counter(), self._done
     gone = self._shown - self._start
     rate = self._done / max(gone, 1e-9)
-    left = (self._total - self._done) / rate if rate else float('nan')
+    left = f'{(self._total - self._done) / rate:.0f}' if rate else '?'
     parts = [
       f'{self._name}: {self._done}/{self._total} {self._unit}',
       f'{rate:.3g} {self._unit}/s',
       f'{gone:.0f} s gone',
-      f'{left:.0f} s left',
+      f'{left} s left',
       self._note,
     ]
     print(', '.join(p for p in parts if p), file=sys.stderr, flush=True)
