@@ -63,6 +63,7 @@ def _from_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _from_tfds() -> dict[str, np.ndarray]:
   try:
+    import tensorflow  # noqa: F401 - else tfds notices after its first output.
     import tensorflow_datasets as tfds
 
     splits: Any = tfds.as_numpy(
