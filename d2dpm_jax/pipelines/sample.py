@@ -123,7 +123,8 @@ def generate(
     uint8[N,H,W,C] and the labels int32[N].
 
   Raises:
-    ValueError: labels that the model does not have; no fitting error model.
+    ValueError: labels that the model does not have; an unknown correction; no
+      fitting error model.
   """
   model = quantized.model
   labels = np.asarray(labels, np.int32)
@@ -151,14 +152,14 @@ def batch_runner(
 ) -> Any:
   """(index, labels) -> {'images', 'latents'} of one batch."""
   model = quantized.model
-  program = generation.sample_program(
-    model.ldm, model.sampler, correction, microbatch
-  )
   timesteps = generation.rows_of(model.ldm, model.sampler).t
   error_model = None
   if correction != 'none':
     error_model = quantized.error_model(channel_wise)
   rows = corrections.correction_rows(error_model, correction, timesteps, absorb)
+  program = generation.sample_program(
+    model.ldm, model.sampler, correction, microbatch
+  )
   inputs = generation.Inputs(
     model.params, quantized.qstate, rows, noise.seed_key(seed)
   )
