@@ -141,7 +141,10 @@ def _read_weights(
       )
     return *weights.load_safetensors(path), path
   if not where and paths is None:
-    raise ValueError('config.checkpoint.path is not set.')
+    raise ValueError(
+      'config.checkpoint.path is not set: name the weights, in a notebook by '
+      "load(..., overrides={'checkpoint.path': 'out/imagenet/params'})."
+    )
   path = pathlib.Path(where) if where or paths is None else paths.params
   if path.suffix == '.safetensors':
     return *weights.load_safetensors(path), path
@@ -149,8 +152,9 @@ def _read_weights(
     return *weights.load_tree(path), path
   except FileNotFoundError as error:
     raise FileNotFoundError(
-      f'No weights at {path}. Set --config.checkpoint.path to a '
-      ".safetensors file or an Orbax directory, or to 'pretrained:mnist'."
+      f'No weights at {path}. Make them with --mode convert, or set '
+      '--config.checkpoint.path to a .safetensors file or an Orbax directory, '
+      "or to 'pretrained:mnist'."
     ) from error
 
 
