@@ -1,0 +1,234 @@
+"""The command line, as users run it: one process per command, one device."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import contents
+from PIL import Image
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_CONFIG = 'tests/tiny_config.py'
+
+
+def _main(*args, **options):
+  flags = os.environ.get('XLA_FLAGS', '').split()
+  env = {
+    **os.environ,
+    'XLA_FLAGS': ' '.join(f for f in flags if 'device_count' not in f),
+    # Half the time to compile; the programs are the same.
+    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+  }
+  return subprocess.run(
+    [sys.executable, 'main.py', *map(str, args)],
+    cwd=_ROOT,
+    env=env,
+    capture_output=True,
+    text=True,
+    **options,
+  )
+
+
+@pytest.fixture(scope='module')
+def command(tiny, tmp_path_factory):
+  """Runs a mode on the tiny model with few quantized layers."""
+  workdir = tmp_path_factory.mktemp('main') / 'work'
+
+  def run(mode, *args, workdir=workdir):
+    return _main(
+      '--config', f'{_CONFIG}:few', '--mode', mode, '--workdir', workdir,
+      f'--config.checkpoint.path={tiny.weights}', *args,
+    )  # fmt: skip
+
+  run.workdir = workdir
+  return run
+
+
+@pytest.fixture(scope='module')
+def finished(command):
+  """What calibrate, sample, sample again and compare leave and say."""
+  found = {'said': {}, 'files': {}}
+  steps = {
+    'calibrate': ('calibrate',),
+    'sample': ('sample',),
+    'again': ('sample',),
+    'compare': ('sample', '--config.sample.compare=True'),
+  }
+  for name, args in steps.items():
+    done = command(*args)
+    assert done.returncode == 0, done.stderr
+    assert 'Traceback' not in done.stderr
+    found['said'][name] = done.stdout + done.stderr
+    found['files'][name] = contents(command.workdir)
+  return found
+
+
+def test_calibrate_leaves_quantizers_and_error_models(finished, command):
+  files = finished['files']['calibrate']
+  assert {
+    'config.json',
+    'error_model_tensor.npz',
+    'error_model_channel.npz',
+  } < (set(files))
+  assert any(name.startswith('quantized/') for name in files)
+  assert not [name for name in files if 'samples' in name]
+  with np.load(command.workdir / 'error_model_tensor.npz') as model:
+    assert model['timesteps'].tolist() == [751, 501, 251, 1]
+    assert (model['var_d'] > 0).all() and (model['var_q'] > 0).all()
+
+
+def test_calibrate_says_what_it_does(finished):
+  said = finished['said']['calibrate']
+  for part in ('trajectories', 'quantization', 'statistics', '--mode sample'):
+    assert part in said
+  assert 'Wrote' in said
+
+
+def test_sample_writes_images_and_labels(finished, command):
+  with np.load(command.workdir / 'samples' / 'samples.npz') as file:
+    assert sorted(file) == ['arr_0', 'arr_1']
+    images, labels = file['arr_0'], file['arr_1']
+  assert images.dtype == np.uint8 and images.shape == (10, 8, 8, 1)
+  assert len(np.unique(images.reshape(10, -1), axis=0)) == 10
+  assert labels.dtype == np.int32 and labels.shape == (10,)
+  # Four classes: twice all of them, then the beginning of the next block.
+  np.testing.assert_array_equal(np.bincount(labels[:8]), [2, 2, 2, 2])
+
+
+def test_the_grid_shows_the_images(finished, command):
+  with np.load(command.workdir / 'samples' / 'samples.npz') as file:
+    images = file['arr_0']
+  with Image.open(command.workdir / 'samples' / 'grid.png') as picture:
+    picture.load()
+    assert picture.format == 'PNG'
+    pixels = np.asarray(picture)
+  # Four columns, each image magnified to 64 pixels.
+  first = images[0].repeat(8, 0).repeat(8, 1).repeat(3, 2)
+  np.testing.assert_array_equal(pixels[4:68, 4:68], first)
+  assert pixels.shape == (4 + 3 * 66 + 4, 4 + 4 * 66 + 4, 3)
+
+
+def test_sampling_twice_gives_the_same_bits(finished):
+  first, second = finished['files']['sample'], finished['files']['again']
+  assert first['samples/samples.npz'] == second['samples/samples.npz']
+  assert first == second
+
+
+def test_compare_draws_four_rows(finished, command):
+  with Image.open(command.workdir / 'samples' / 'compare.png') as picture:
+    picture.load()
+    pixels = np.asarray(picture.convert('RGB'))
+  # Ten columns of 64 pixels, and names to the left and above.
+  assert pixels.shape[0] >= 4 * 64 + 24 and pixels.shape[1] >= 10 * 64 + 60
+  said = finished['said']['compare']
+  for name in ('full precision', 'W4A8', 'S-D2', 'D-D2'):
+    assert name in said
+  assert said.count('dB PSNR') + said.count('equal') == 3
+
+
+def test_sampling_leaves_the_calibration_as_it_was(finished):
+  before, after = finished['files']['calibrate'], finished['files']['compare']
+  new = {n: data for n, data in after.items() if not n.startswith('samples/')}
+  changed = {n for n in before if before[n] != new[n]}
+  assert set(new) == set(before) and changed <= {'config.json'}
+
+
+# ---- Wrong uses.
+
+
+def _assert_one_line(done, *parts):
+  """One clear line on stderr, whatever was logged before it."""
+  lines = done.stderr.strip().splitlines()
+  assert done.returncode == 1, done.stderr
+  assert lines and lines[-1].startswith('error: '), done.stderr
+  assert 'Traceback' not in done.stderr
+  assert len(lines[-1]) < 600
+  for part in parts:
+    assert part in lines[-1]
+  return lines
+
+
+@pytest.mark.parametrize(
+  ('args', 'parts'),
+  [
+    (
+      ('--config', _CONFIG, '--mode', 'sample', '--config.sampler.stepps=3'),
+      ('unknown field stepps', 'Did you mean steps'),
+    ),
+    (
+      ('--config', _CONFIG, '--mode', 'sample', '--config.nothing.at_all=3'),
+      ('unknown field nothing',),
+    ),
+    (
+      ('--config', _CONFIG, '--mode', 'sample', '--config.sampler.steps=many'),
+      ('--config.sampler.steps=many', 'invalid literal'),
+    ),
+    (
+      ('--config', _CONFIG, '--mode', 'calbrate'),
+      ("'calbrate'", "Did you mean 'calibrate'"),
+    ),
+    (('--config', _CONFIG), ('--mode', 'calibrate, sample')),
+    (('--mode', 'sample'), ('--config is missing', 'configs/mnist.py')),
+    (
+      ('--config', 'configs/none.py', '--mode', 'sample'),
+      ('configs/none.py', 'no such file'),
+    ),
+    (
+      ('--config', f'{_CONFIG}:quick', '--mode', 'sample'),
+      ("'quick'", 'expected "" or "few"'),
+    ),
+    (
+      ('--config', _CONFIG, '--mode', 'sample', '--confg.seed=1'),
+      ("Unknown command line flag 'confg.seed'",),
+    ),
+    (
+      ('--config', _CONFIG, '--mode', 'sample', 'now'),
+      ('Unexpected arguments: now',),
+    ),
+  ],
+)
+def test_wrong_flags_are_one_line(args, parts, tmp_path):
+  done = _main(*args, '--workdir', tmp_path / 'work')
+  assert len(_assert_one_line(done, *parts)) == 1
+  assert not (tmp_path / 'work').exists()
+
+
+def test_a_calibration_of_other_bits(finished, command):
+  before = contents(command.workdir)
+  for mode in ('sample', 'calibrate'):
+    done = command(mode, '--config.quant.weight_bits=8')
+    _assert_one_line(
+      done, 'quant.weight_bits: saved 4, now 8', str(command.workdir)
+    )
+  assert contents(command.workdir) == before
+
+
+def test_no_calibration(command, tmp_path):
+  done = command('sample', workdir=tmp_path / 'none')
+  _assert_one_line(done, str(tmp_path / 'none'), '--mode calibrate')
+  assert not (tmp_path / 'none').exists()
+
+
+def test_a_work_directory_that_is_a_file(command, tmp_path):
+  (tmp_path / 'file').write_text('mine')
+  done = command('calibrate', workdir=tmp_path / 'file')
+  _assert_one_line(done, f'{tmp_path / "file"} is a file, not a directory')
+  assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_weights_that_are_none(command, tmp_path):
+  path = tmp_path / 'weights.safetensors'
+  path.write_text('<html>Not Found</html>\n')
+  done = command(
+    'calibrate', f'--config.checkpoint.path={path}', workdir=tmp_path / 'work'
+  )
+  _assert_one_line(done, f'{path} is damaged or no .safetensors file')
+  assert not (tmp_path / 'work').exists()
+
+
+def test_debug_shows_where(tmp_path):
+  done = _main('--config', _CONFIG, '--mode', 'smaple', '--debug')
+  assert done.returncode != 0 and 'Traceback' in done.stderr
