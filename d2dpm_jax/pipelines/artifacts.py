@@ -53,7 +53,15 @@ class Quantized:
         "calibrate, or set --config.sample.correction='none'."
       )
     found = self.error_models[kind]
-    found.check({'sampler': sampler_settings(self.model)})
+    different = files.differences(
+      {'sampler': found.settings.get('sampler', {})},
+      {'sampler': sampler_settings(self.model)},
+    )
+    if different:
+      raise ValueError(
+        f'The error statistics were made with {"; ".join(different)}. Use '
+        'these settings, or calibrate in another --workdir.'
+      )
     return found
 
 

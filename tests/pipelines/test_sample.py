@@ -144,7 +144,7 @@ _WRONG = {
     'quant.weight_bits: saved 4, now 8',
   ),
   'sampler': (dict(sampler__guidance_scale=1.5), '3.0.*1.5'),
-  'steps': (dict(sampler__steps=5), "'steps': 4.*'steps': 5"),
+  'steps': (dict(sampler__steps=5), 'sampler.steps: saved 4, now 5'),
   'too many steps': (dict(sampler__steps=1000), '1000'),
   'absorption': (
     dict(sample__absorb_variance=True),
