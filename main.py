@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> None:
   absl_logging.set_verbosity(absl_logging.WARNING)
   handler = absl_logging.get_absl_handler()
   handler.setFormatter(logging.Formatter('%(message)s'))
-  logging.getLogger('d2dpm_jax').setLevel(logging.INFO)
+  for name in ('d2dpm_jax', 'convert'):
+    logging.getLogger(name).setLevel(logging.INFO)
   if not flags.FLAGS['config'].present:
     raise ValueError('--config is missing; try --config configs/mnist.py.')
   flag: Any = flags.FLAGS['config']

@@ -6,6 +6,7 @@ that shrinks kills the process where a short read is an error with a message.
 """
 
 import dataclasses
+import logging
 import shutil
 import struct
 import tempfile
@@ -14,9 +15,9 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from absl import logging
-
 from convert.pickle_names import CheckpointError
+
+_log = logging.getLogger(__name__)
 
 _AGAIN = 'the download is incomplete or damaged: get the file again'
 _ZIP_ERRORS = (
@@ -172,7 +173,7 @@ class Archive:
         f'needs {room} in {folder}, which has not as much free; unzip it '
         'elsewhere and name the unpacked file'
       )
-    logging.info('Unpacking %s of the zip for the time of reading it.', room)
+    _log.info('Unpacking %s of the zip for the time of reading it.', room)
     try:
       target = tempfile.TemporaryFile(dir=folder)
     except OSError as error:
