@@ -9,6 +9,7 @@ images = d2.sample(quantized, labels=[3] * 8, correction='d-d2')
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -43,13 +44,12 @@ def load(
     FileNotFoundError: its weights are not there.
   """
   file, _, arg = name.partition(':')
-  try:
+  module = None
+  if file.isidentifier() and importlib.util.find_spec(f'configs.{file}'):
     module = importlib.import_module(f'configs.{file}')
-    get_config = module.get_config
-  except (ModuleNotFoundError, AttributeError) as error:
-    if getattr(error, 'name', '') not in (f'configs.{file}', 'get_config'):
-      raise
-    raise ValueError(f'There is no config {file!r} in configs/.') from error
+  get_config = getattr(module, 'get_config', None)
+  if get_config is None:
+    raise ValueError(f'There is no config {file!r} in configs/.')
   config = get_config(arg)
   config.lock()
   _override(config, overrides or {})
