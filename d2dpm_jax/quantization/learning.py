@@ -128,6 +128,7 @@ class Task(NamedTuple):
     batch: arrays with a sample per row.
     whole: other arrays.
     target: full-precision output.
+    rows: from `draw_rows`; None takes all samples in every iteration.
     key: of the unit and phase.
     iters: int32[], iterations in all.
     knobs: see `knobs`.
@@ -138,6 +139,7 @@ class Task(NamedTuple):
   batch: Any
   whole: Any
   target: Any
+  rows: Array | None
   key: Array
   iters: Array
   knobs: Knobs
@@ -159,14 +161,34 @@ def start(learned: dict[str, Array]) -> Progress:
   return Progress(copies, zeros, np.zeros([], np.float32))
 
 
-def _sample(task: Task, step: Array, batch_size: int) -> tuple[Any, Any]:
-  """Rows of batch and target, drawn without replacement."""
+@functools.partial(jax.jit, static_argnames=('total', 'batch_size', 'iters'))
+def draw_rows(key: Array, total: int, batch_size: int, iters: int) -> Array:
+  """Samples of every iteration: shuffled epochs, cut into batches.
+
+  A program of its own, as sorting takes half a second to compile.
+
+  Args:
+    key: of the unit and phase.
+    total: number of samples.
+    batch_size: samples per iteration.
+    iters: iterations.
+
+  Returns:
+    int32[iters, batch_size]; each sample occurs equally often, give or take
+    one.
+  """
+  epochs = -(-iters * batch_size // total)
+  keys = jax.random.split(key, epochs)
+  rows = jax.vmap(lambda key: jax.random.permutation(key, total))(keys)
+  return rows.reshape(-1)[: iters * batch_size].reshape(iters, batch_size)
+
+
+def _sample(task: Task, step: Array) -> tuple[Any, Any]:
+  """Batch and target of one iteration."""
   data = task.batch, task.target
-  total = jax.tree.leaves(data)[0].shape[0]
-  if batch_size >= total:
+  if task.rows is None:
     return data
-  rows = jax.random.permutation(jax.random.fold_in(task.key, step), total)
-  rows = rows[:batch_size]
+  rows = task.rows[step]
   return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), data)
 
 
@@ -185,12 +207,11 @@ def _iterate(
 
 @functools.partial(
   jax.jit,
-  static_argnames=('call', 'batch_size', 'p', 'loop'),
+  static_argnames=('call', 'p', 'loop'),
   donate_argnames='progress',
 )
 def rounding_steps(
   call: Call,
-  batch_size: int,
   p: float,
   loop: bool,
   progress: Progress,
@@ -203,7 +224,6 @@ def rounding_steps(
 
   Args:
     call: the unit.
-    batch_size: samples per iteration.
     p: norm of the loss.
     loop: False runs the iteration `first` alone.
     progress: α by layer.
@@ -223,7 +243,7 @@ def rounding_steps(
   }
 
   def loss_fn(alphas, step):
-    batch, target = _sample(task, step, batch_size)
+    batch, target = _sample(task, step)
     soft = {
       path: adaround.soft_kernel(
         kernels[path], alphas[path], weight_grids[path], s.zeta, s.gamma
@@ -258,12 +278,11 @@ def rounding_steps(
 
 @functools.partial(
   jax.jit,
-  static_argnames=('call', 'batch_size', 'p', 'loop'),
+  static_argnames=('call', 'p', 'loop'),
   donate_argnames='progress',
 )
 def scale_steps(
   call: Call,
-  batch_size: int,
   p: float,
   loop: bool,
   progress: Progress,
@@ -278,7 +297,6 @@ def scale_steps(
 
   Args:
     call: the unit.
-    batch_size: samples per iteration.
     p: norm of the loss.
     loop: False runs the iteration `first` alone.
     progress: scales by layer.
@@ -294,7 +312,7 @@ def scale_steps(
   adam = optax.scale_by_adam()
 
   def loss_fn(scales, step):
-    batch, target = _sample(task, step, batch_size)
+    batch, target = _sample(task, step)
     grids = {
       path: affine.QParams(scales[path], q.zero_point, q.bits)
       for path, q in initial.items()

@@ -277,6 +277,7 @@ class _Reconstruction:
         inputs,
         visit.whole,
         visit.target,
+        self.draw_rows(key, s.batch_size, s.iters),
         key,
         jnp.int32(s.iters),
         learning.knobs(s),
@@ -328,6 +329,7 @@ class _Reconstruction:
         inputs,
         visit.whole,
         visit.target,
+        self.draw_rows(key, s.act_batch_size, s.act_iters),
         key,
         jnp.int32(s.act_iters),
         learning.knobs(s),
@@ -380,6 +382,12 @@ class _Reconstruction:
       visit.whole,
     )
 
+  def draw_rows(self, key: Array, batch_size: int, iters: int) -> Array | None:
+    total = self.streams.samples
+    if batch_size >= total:
+      return None
+    return learning.draw_rows(key, total, batch_size, iters)
+
   def learn(
     self,
     phase: str,
@@ -391,16 +399,13 @@ class _Reconstruction:
   ) -> dict[str, Array]:
     """Runs the iterations of a phase on a unit; returns what was learned."""
     s = self.settings
-    iters, batch_size, p = s.iters, s.batch_size, s.p
-    if phase == 'act':
-      iters, batch_size, p = s.act_iters, s.act_batch_size, s.act_p
+    iters, p = (s.iters, s.p) if phase == 'weight' else (s.act_iters, s.act_p)
     loop = s.loop if s.loop is not None else not self.streams.on_cpu
     task, grids = self.streams.fetch((task, grids))
 
     def run(progress, first, stop):
       return steps(
         visit.call,
-        batch_size,
         p,
         loop,
         progress,

@@ -265,7 +265,9 @@ class TransformTest(parameterized.TestCase):
       table = policy.build_policy(
         PATHS, policy.ldm_rules(bits, bits, edge_bits=bits)
       )
-      state = transform.init_state(variables, table, per_channel=per_channel)
+      state = transform.init_state(
+        variables, table, method='max', per_channel=per_channel
+      )
       state = _with_acts(state, table, net, variables, x, t)
       got = transform.quantize(net.apply)(variables, state, x, t)
       errors.append(float(np.std(got - want) / np.std(want)))
