@@ -102,8 +102,16 @@ if __name__ == '__main__':
   try:
     app.run(main, flags_parser=_parse_flags)
   # What users can cause: bad values, files that are not there or not readable,
-  # unknown config fields.
-  except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
+  # unknown config fields, no memory left on a device, a missing package.
+  except (
+    ValueError,
+    OSError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+  ) as error:
     if '--debug' in sys.argv:
       raise
     sys.exit(f'error: {_one_line(error)}')

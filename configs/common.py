@@ -26,8 +26,22 @@ VQ_F4 = dict(
 )
 
 
-def base_config() -> ml_collections.ConfigDict:
-  """Everything but the model, which each experiment adds."""
+# Argument of a config file -> bits of the weights.
+WEIGHT_BITS = {'': 4, 'full': 4, 'fast': 4, 'paper_w4a8': 4, 'paper_w8a8': 8}
+
+
+def base_config(arg: str = '') -> ml_collections.ConfigDict:
+  """Everything but the model, which each experiment adds.
+
+  Args:
+    arg: '' or 'full' for the best we have, 'fast' for a short calibration,
+      'paper_w4a8' and 'paper_w8a8' to quantize as the paper's released scripts.
+
+  Raises:
+    ValueError: any other argument.
+  """
+  if arg not in WEIGHT_BITS:
+    raise ValueError(f'Config argument {arg!r}: expected {list(WEIGHT_BITS)}.')
   config = ml_collections.ConfigDict()
   # Seed of everything random: noise, label order, mini-batches.
   config.seed = 0
@@ -53,7 +67,7 @@ def base_config() -> ml_collections.ConfigDict:
   config.sampler.guidance_scale = 3.0
 
   config.quant = quant = ml_collections.ConfigDict()
-  quant.weight_bits = 4  # 2..8
+  quant.weight_bits = WEIGHT_BITS[arg]  # 2..8
   quant.act_bits = 8  # 2..8; of the inputs of quantized layers
   quant.edge_bits = 8  # weights and inputs of `edge_layers`
   quant.edge_layers = EDGE_LAYERS  # regex: first and last layers
@@ -112,16 +126,20 @@ def base_config() -> ml_collections.ConfigDict:
   sample.quantized = True  # False: the full-precision network
   sample.labels = ()  # () is balanced over all classes; else cycled
   sample.compare = False  # one picture: fp, quantized, s-d2, d-d2 in rows
+  if arg == 'fast':
+    _set_fast_quantization(config)
+  elif arg.startswith('paper'):
+    _set_paper_quantization(config)
   return config
 
 
-def set_paper_quantization(config: ml_collections.ConfigDict) -> None:
+def _set_paper_quantization(config: ml_collections.ConfigDict) -> None:
   """Quantizes as the paper's released scripts do; bits stay as they are."""
   config.quant.per_channel = False  # one range per weight tensor
   config.quant.reconstruction.update(batch_size=8, act_batch_size=16)
 
 
-def set_fast_quantization(config: ml_collections.ConfigDict) -> None:
+def _set_fast_quantization(config: ml_collections.ConfigDict) -> None:
   """A short calibration: fewer and larger steps on fewer samples."""
   config.quant.reconstruction.update(
     iters=100, batch_size=16, lr=2e-2, act_iters=50, act_batch_size=16

@@ -28,14 +28,10 @@ import ml_collections
 
 from configs import common
 
-_WEIGHT_BITS = {'': 4, 'paper_w4a8': 4, 'paper_w8a8': 8}
-
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  """'' for the best we have, 'paper_w4a8' and 'paper_w8a8' for the paper's."""
-  if arg not in _WEIGHT_BITS:
-    raise ValueError(f'Config argument {arg!r}: expected {list(_WEIGHT_BITS)}.')
-  config = common.base_config()
+  """`arg` is that of `common.base_config`."""
+  config = common.base_config(arg)
   config.model = ml_collections.ConfigDict(
     dict(
       image_size=256,
@@ -57,7 +53,4 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     )
   )
   config.sampler.update(steps=20, eta=0.0, guidance_scale=3.0)
-  config.quant.weight_bits = _WEIGHT_BITS[arg]
-  if arg:
-    common.set_paper_quantization(config)
   return config

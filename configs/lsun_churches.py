@@ -28,14 +28,10 @@ import ml_collections
 
 from configs import common
 
-_WEIGHT_BITS = {'': 4, 'paper_w4a8': 4, 'paper_w8a8': 8}
-
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  """'' for the best we have, 'paper_w4a8' and 'paper_w8a8' for the paper's."""
-  if arg not in _WEIGHT_BITS:
-    raise ValueError(f'Config argument {arg!r}: expected {list(_WEIGHT_BITS)}.')
-  config = common.base_config()
+  """`arg` is that of `common.base_config`."""
+  config = common.base_config(arg)
   # Trained with latents scaled to variance 1; the checkpoint knows by how much.
   config.checkpoint.scale_factor = None
   config.model = ml_collections.ConfigDict(
@@ -69,8 +65,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     )
   )
   config.sampler.update(steps=200, eta=0.0, guidance_scale=1.0)
-  config.quant.weight_bits = _WEIGHT_BITS[arg]
-  if arg:
-    common.set_paper_quantization(config)
+  if arg.startswith('paper'):
     config.quant.float_layers = common.PAPER_FLOAT_LAYERS_LSUN
   return config

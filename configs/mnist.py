@@ -21,19 +21,10 @@ import ml_collections
 
 from configs import common
 
-_WEIGHT_BITS = {'': 4, 'full': 4, 'paper_w4a8': 4, 'paper_w8a8': 8}
-
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
-  """'' calibrates shortly, 'full' wholly, 'paper_w?a8' as the paper does."""
-  if arg not in _WEIGHT_BITS:
-    raise ValueError(f'Config argument {arg!r}: expected {list(_WEIGHT_BITS)}.')
-  config = common.base_config()
-  config.quant.weight_bits = _WEIGHT_BITS[arg]
-  if not arg:
-    common.set_fast_quantization(config)
-  elif arg != 'full':
-    common.set_paper_quantization(config)
+  """See `common.base_config`; here '' is 'fast'."""
+  config = common.base_config(arg or 'fast')
   config.checkpoint.path = 'pretrained:mnist'
   config.model = ml_collections.ConfigDict(
     dict(

@@ -169,7 +169,7 @@ def quantize(
       bar.update(1, f'{name}: loss {before:.3g} -> {after:.3g}')
 
     resume = _stored_units(directory, [unit.path for unit in units])
-    bar.update(len(resume))
+    bar.update(len(resume), reused=True)
     qstate, reports = reconstruction.reconstruct(
       model.ldm.unet.apply,
       variables,
@@ -252,10 +252,11 @@ def fit_errors(
       rows = min(len(batch.x), count - start)
       if rows <= 0:
         break
-      if not (directory / f'{start:06d}.npy').is_file():
+      reused = (directory / f'{start:06d}.npy').is_file()
+      if not reused:
         eps_q = program(inputs, batch.x[:rows], batch.labels[:rows])
         trajectories.write_array(directory, f'{start:06d}', eps_q)
-      bar.update(rows)
+      bar.update(rows, reused=reused)
   timesteps = generation.rows_of(model.ldm, model.sampler).t
 
   def pairs(t: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

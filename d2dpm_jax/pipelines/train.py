@@ -12,7 +12,7 @@ import numpy as np
 
 from d2dpm_jax.evaluation.digits import DigitClassifier
 from d2dpm_jax.models.latent_diffusion import LatentDiffusion
-from d2dpm_jax.pipelines import setup
+from d2dpm_jax.pipelines import setup, trajectories
 from d2dpm_jax.runtime import devices, files, weights
 from d2dpm_jax.training import data, loop, objectives
 
@@ -25,15 +25,22 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Trains classifier, first stage and U-Net; writes two .safetensors files.
 
   A run that was killed goes on where it was.
+
+  Raises:
+    ValueError: bad settings, or training began here with others.
   """
   if 'train' not in config:
     raise ValueError(
       'This config has no `train` section; configs/mnist.py has one.'
     )
   paths = files.Workdir.at(workdir)
+  config = setup.resolve(config)
+  ldm = setup.build(config)
+  _check(config.train)
   digits = data.load_mnist(config.train.data)
   setup.begin(config, paths)
-  ldm = setup.build(config)
+  settings = {k: setup.plain(config[k]) for k in ('model', 'train', 'seed')}
+  trajectories.claim(paths.training, settings)
   keys = jax.random.split(jax.random.key(config.seed), 3)
   train_classifier(config.train.classifier, digits, keys[0], paths)
   params = _on_host(ldm.init, config.seed)
@@ -50,6 +57,15 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     np.float16,
   )
   _log.info('Wrote %s', paths.root / 'mnist_ldm.safetensors')
+
+
+def _check(train: ml_collections.ConfigDict) -> None:
+  for part in ('classifier', 'first_stage', 'diffusion'):
+    for name in ('steps', 'batch_size'):
+      if train[part][name] < 1:
+        raise ValueError(
+          f'train.{part}.{name} is {train[part][name]}; expected >= 1.'
+        )
 
 
 def _settings(section: ml_collections.ConfigDict) -> loop.LoopSettings:

@@ -102,7 +102,8 @@ def collect(
     for start in starts:
       index = np.arange(start, min(start + batch_size, num_samples))
       names = [f'{start:06d}.{field}' for field in Batch._fields]
-      if not all((directory / f'{name}.npy').is_file() for name in names):
+      reused = all((directory / f'{name}.npy').is_file() for name in names)
+      if not reused:
         labels = generation.balanced_labels(
           seed, index, max(1, model.num_classes)
         )
@@ -110,7 +111,7 @@ def collect(
         batch = Batch(out['x'], out['eps'], labels)
         for name, array in zip(names, batch, strict=True):
           write_array(directory, name, array)
-      bar.update(len(index))
+      bar.update(len(index), reused=reused)
   return Trajectories(directory, starts)
 
 

@@ -15,14 +15,16 @@ class Progress:
 
   def __init__(self, name: str, total: int, unit: str):
     self._name, self._total, self._unit = name, total, unit
-    self._done, self._shown_done, self._note = 0, -1, ''
+    self._done, self._reused, self._shown_done, self._note = 0, 0, -1, ''
     self._start = self._shown = time.perf_counter()
     self._bar = None
     if sys.stderr.isatty():
       self._bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True)
 
-  def update(self, n: int = 1, note: str = '') -> None:
+  def update(self, n: int = 1, note: str = '', reused: bool = False) -> None:
+    """Counts `n`; what an earlier run had done is left out of the rate."""
     self._done += n
+    self._reused += n if reused else 0
     self._note = note or self._note
     if self._bar is not None:
       self._bar.set_postfix_str(self._note, refresh=False)
@@ -39,7 +41,7 @@ class Progress:
   def _write_line(self) -> None:
     self._shown, self._shown_done = time.perf_counter(), self._done
     gone = self._shown - self._start
-    rate = self._done / max(gone, 1e-9)
+    rate = (self._done - self._reused) / max(gone, 1e-9)
     left = f'{(self._total - self._done) / rate:.0f}' if rate else '?'
     parts = [
       f'{self._name}: {self._done}/{self._total} {self._unit}',

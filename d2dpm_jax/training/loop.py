@@ -95,7 +95,7 @@ def fit(
       state = manager.restore(latest, args=ocp.args.StandardRestore(state))
     with progress.progress(name, settings.steps, 'step') as bar:
       done = int(state.step)
-      bar.update(done)
+      bar.update(done, reused=True)
       while done < settings.steps:
         n = min(settings.steps_per_call, settings.steps - done)
         state, metrics = run(state, key, data, n)
