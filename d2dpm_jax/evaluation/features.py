@@ -49,7 +49,8 @@ class Summary:
   """All that the metrics need to know of a set of N images.
 
   Attributes:
-    count: N.
+    count: N; of a reference batch of openai/guided-diffusion, that of its
+      images: it does not say how many its Gaussians are of.
     features: Gaussian of the features.
     spatial: Gaussian of the spatial features.
     vectors: float16[N,D], the features themselves, for precision and recall.

@@ -1,4 +1,11 @@
-"""Reference statistics on disk: one .npz per set of real images and network."""
+"""Reference statistics on disk: one .npz per set of real images and network.
+
+Ours (`save`, `load`), or a reference batch of openai/guided-diffusion, such as
+VIRTUAL_imagenet256_labeled.npz (`load_batch_statistics`): arrays mu, sigma,
+mu_s and sigma_s of a whole data set, and arr_0, some of its images. A batch
+does not say which weights its statistics are of; that they are those of the
+network in use is up to who names it.
+"""
 
 import io
 import json
@@ -15,6 +22,13 @@ from d2dpm_jax.runtime import files
 _FORMAT = 1
 # The names of the statistics in openai/guided-diffusion's reference batches.
 _ARRAYS = ('mu', 'sigma', 'mu_s', 'sigma_s')
+_SERVES = {
+  'mu': 'FID',
+  'sigma': 'FID',
+  'mu_s': 'sFID',
+  'sigma_s': 'sFID',
+  'arr_0': 'precision and recall',
+}
 
 
 def save(path: pathlib.Path, summary: Summary, net: FeatureNet) -> None:
@@ -45,11 +59,64 @@ def save(path: pathlib.Path, summary: Summary, net: FeatureNet) -> None:
 
 def holds(path: pathlib.Path) -> bool:
   """Is this file one of ours, and not a set of images?"""
+  return {'meta', 'mu'} <= _names(path)
+
+
+def is_batch(path: pathlib.Path) -> bool:
+  """Is this file a reference batch, perhaps with arrays missing?"""
+  return not holds(path) and not _names(path).isdisjoint(_ARRAYS)
+
+
+def load_batch_statistics(
+  path: pathlib.Path, features: int, spatial: int
+) -> tuple[frechet.Gaussian, frechet.Gaussian]:
+  """Reads the statistics of a reference batch; its images stay on disk.
+
+  Args:
+    path: an .npz for which `is_batch`.
+    features: D of the features of the network in use.
+    spatial: D of its spatial features, flattened.
+
+  Returns:
+    Gaussians of the features and of the spatial features.
+
+  Raises:
+    ValueError: arrays are missing, damaged, not finite or of another D; names
+      them. Nothing is ever unpickled.
+  """
+  missing = sorted(_SERVES.keys() - _names(path), key=list(_SERVES).index)
+  if missing:
+    needed = ', '.join(f'{name} (for {_SERVES[name]})' for name in missing)
+    raise ValueError(f'The reference {path} lacks {needed}.')
   try:
     with np.load(path, allow_pickle=False) as archive:
-      return 'meta' in archive and 'mu' in archive
+      arrays = {name: archive[name] for name in _ARRAYS}
+  except Exception as error:  # zipfile and zlib raise many kinds.
+    raise ValueError(f'The reference {path} is damaged: {error}') from error
+  for name, array in arrays.items():
+    dim = spatial if name.endswith('_s') else features
+    shape = (dim,) if name.startswith('mu') else (dim, dim)
+    if array.shape != shape or array.dtype.kind != 'f':
+      raise ValueError(
+        f'The reference {path} holds {name} as {array.dtype}'
+        f'{list(array.shape)}, but the feature network makes '
+        f'float{list(shape)}: it is of another network.'
+      )
+    if not np.isfinite(array).all():
+      raise ValueError(f'The reference {path} has NaN or infinity in {name}.')
+  mu, sigma, mu_s, sigma_s = (
+    arrays[name].astype(np.float64) for name in _ARRAYS
+  )
+  return frechet.Gaussian(mu, sigma), frechet.Gaussian(mu_s, sigma_s)
+
+
+def _names(path: pathlib.Path) -> set[str]:
+  """Names of the arrays in an .npz; none if it is not one."""
+  try:
+    with zipfile.ZipFile(path) as archive:
+      return {n[:-4] for n in archive.namelist() if n.endswith('.npy')}
   except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-    return False
+    return set()
 
 
 def load(path: pathlib.Path, net: FeatureNet) -> Summary:
