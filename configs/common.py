@@ -126,6 +126,28 @@ def base_config(arg: str = '') -> ml_collections.ConfigDict:
   sample.quantized = True  # False: the full-precision network
   sample.labels = ()  # () is balanced over all classes; else cycled
   sample.compare = False  # one picture: fp, quantized, s-d2, d-d2 in rows
+
+  config.evaluate = ml_collections.ConfigDict(
+    dict(
+      # An .npz (arr_0, arr_1) or a folder of them; '' is the run's samples;
+      # 'mnist:test', 'mnist:train[:10000]': images of `train.data`.
+      samples='',
+      # Any of these, a file written with `save_statistics`, a reference batch
+      # of openai/guided-diffusion, or, for the network 'digits',
+      # 'pretrained:mnist' (the test set).
+      reference='',
+      save_statistics='',  # write those of the samples there, as a reference
+      network='inception',  # what looks at images; 'digits' at those of MNIST
+      # Weights of 'inception': a published file or a folder that holds one; ''
+      # looks into ~/.cache/d2dpm_jax. See docs/evaluate.md.
+      inception='',
+      through_first_stage=False,  # encode and decode the samples first
+      batch_size=64,  # images at a time, over all devices
+      neighbours=3,  # k of precision and recall
+      split_size=5000,  # of the inception score
+      shuffle=True,  # before splitting; False: the file's order
+    )
+  )
   if arg == 'fast':
     _set_fast_quantization(config)
   elif arg.startswith('paper'):

@@ -18,6 +18,8 @@ Weights: cin256-v2, see docs/convert.md.
   python main.py --config configs/imagenet.py --mode calibrate
   python main.py --config configs/imagenet.py --mode sample
 
+To compare, see docs/evaluate.md.
+
 `configs/imagenet.py:paper_w4a8` and `:paper_w8a8` quantize as the paper's
 released scripts do; without, weights have a range per output channel. Its other
 samplers: --config.sampler.eta=1 (Table 1), or --config.sampler.steps=250
@@ -53,4 +55,5 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     )
   )
   config.sampler.update(steps=20, eta=0.0, guidance_scale=3.0)
+  config.evaluate.network = 'inception'
   return config

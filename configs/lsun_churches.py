@@ -65,6 +65,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     )
   )
   config.sampler.update(steps=200, eta=0.0, guidance_scale=1.0)
+  config.evaluate.network = 'inception'
   if arg.startswith('paper'):
     config.quant.float_layers = common.PAPER_FLOAT_LAYERS_LSUN
   return config

@@ -71,20 +71,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
       ),
     )
   )
-  config.evaluate = ml_collections.ConfigDict(
-    dict(
-      # An .npz (arr_0, arr_1) or a folder of them; '' is the run's samples;
-      # 'mnist:test', 'mnist:train[:10000]': images of `train.data`.
-      samples='',
-      # Any of these, 'pretrained:mnist' (the test set), or a file written with
-      # `save_statistics`.
-      reference='pretrained:mnist',
-      save_statistics='',  # write those of the samples there, as a reference
-      through_first_stage=False,  # encode and decode the samples first
-      batch_size=500,
-      neighbours=3,  # k of precision and recall
-      split_size=5000,  # of the inception score
-      shuffle=True,  # before splitting; False: the file's order
-    )
+  config.evaluate.update(
+    network='digits', reference='pretrained:mnist', batch_size=500
   )
   return config

@@ -5,8 +5,9 @@ Sets of images are named by
   path                    an .npz with arr_0 and perhaps arr_1, or a folder
   mnist:test              the test set; --config.train.data says where it is
   mnist:train[:10000]     the first 10 000 training images
-and references by these, or by statistics: 'pretrained:mnist', or the path of a
-file written with --config.evaluate.save_statistics.
+and references by these, or by statistics: 'pretrained:mnist', the path of a
+file written with --config.evaluate.save_statistics, or that of a reference
+batch of openai/guided-diffusion; see docs/evaluate.md.
 """
 
 import dataclasses
@@ -30,12 +31,13 @@ from d2dpm_jax.evaluation import (
   references,
   scores,
 )
-from d2dpm_jax.pipelines import setup
+from d2dpm_jax.pipelines import inception, setup
 from d2dpm_jax.runtime import files, images, progress
 from d2dpm_jax.training import data
 
 _log = logging.getLogger(__name__)
 
+_NETWORKS = ('digits', 'inception')
 _PRETRAINED = 'pretrained:'
 _DATASET = re.compile(r'mnist:(train|test)(?:\[:(\d+)\])?')
 # Name in metrics.json -> name in the table, and how it is written there.
@@ -51,10 +53,6 @@ _ROWS = {
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """Prints a table of metrics and writes metrics.json."""
-  if 'evaluate' not in config:
-    raise ValueError(
-      'This config has no `evaluate` section; configs/mnist.py has one.'
-    )
   paths = files.Workdir.at(workdir)
   result = evaluate(config, paths)
   print(table(result))
@@ -73,21 +71,28 @@ def evaluate(
 
   Returns:
     What metrics.json holds: counts, names, settings, and the metrics. What
-    cannot be known is None: label agreement without labels, precision and
+    cannot be known is None: label agreement without labels or of another
+    network than 'digits', whose classes are not the labels; precision and
     recall of not more images than neighbours.
 
   Raises:
+    FileNotFoundError: there are no weights of the network.
     ValueError: settings or images are not as they should be.
   """
   settings = config.evaluate
   for name in ('batch_size', 'neighbours', 'split_size'):
     if settings[name] < 1:
       raise ValueError(f'evaluate.{name} is {settings[name]}; expected >= 1.')
-  net = _digit_net()
+  if settings.network not in _NETWORKS:
+    raise ValueError(
+      f'evaluate.network is {settings.network!r}; expected one of '
+      f'{list(_NETWORKS)}.'
+    )
   samples = _image_set(settings.samples, config, paths)
+  net = _network(config, samples)
   _check_images(samples, net)
   reference = _reference(config, paths, net)
-  labels = samples.labels
+  labels = samples.labels if settings.network == 'digits' else None
   if settings.through_first_stage:
     samples = _through_first_stage(samples, setup.load(config, paths))
   summary = _summarize(samples, net, settings.batch_size)
@@ -173,6 +178,24 @@ def table(result: Mapping[str, Any]) -> str:
   return '\n'.join(f'{name:<16} {value}' for name, value in rows)
 
 
+def _network(
+  config: ml_collections.ConfigDict, samples: image_sets.ImageSet
+) -> features.FeatureNet:
+  """The feature network that the config names, for images like `samples`."""
+  if config.evaluate.network == 'digits':
+    return _digit_net()
+  height, width, channels = samples.shape[1:]
+  if channels != 3:
+    raise ValueError(
+      f'{samples.name} holds images of {channels} channel, but the feature '
+      "network 'inception' takes RGB; for digits there is "
+      '--config.evaluate.network=digits.'
+    )
+  return inception.inception_net(
+    config.evaluate.inception, (height, width, channels)
+  )
+
+
 def _digit_net() -> features.FeatureNet:
   return digits.digit_net(_embedded('mnist_classifier.safetensors'))
 
@@ -196,6 +219,11 @@ def _image_set(
   match = _DATASET.fullmatch(name)
   if match is None:
     return image_sets.from_path(pathlib.Path(name))
+  if 'train' not in config:
+    raise ValueError(
+      f'{name} is read from train.data, which this config has not; '
+      'configs/mnist.py has it.'
+    )
   mnist = data.load_mnist(config.train.data)._asdict()
   part, count = match.groups()
   chosen, labels = mnist[f'{part}_images'], mnist[f'{part}_labels']
@@ -205,7 +233,9 @@ def _image_set(
   return image_sets.from_arrays(name, chosen[rows], labels[rows])
 
 
-def _check_images(samples: image_sets.ImageSet, net: features.FeatureNet):
+def _check_images(
+  samples: image_sets.ImageSet, net: features.FeatureNet
+) -> None:
   if samples.shape[1:] != net.image_shape:
     raise ValueError(
       f'{samples.name} holds images of shape {list(samples.shape[1:])}, but '
@@ -231,9 +261,15 @@ def _reference(
   name = config.evaluate.reference
   if not name:
     raise ValueError(
-      'evaluate.reference is not set; for digits it is pretrained:mnist.'
+      'evaluate.reference is not set; for digits it is pretrained:mnist, for '
+      'others see docs/evaluate.md.'
     )
   if name.startswith(_PRETRAINED):
+    if config.evaluate.network != 'digits':
+      raise ValueError(
+        f"evaluate.reference {name!r} is of the network 'digits', but "
+        f'evaluate.network is {config.evaluate.network!r}.'
+      )
     path = _embedded(f'{name.removeprefix(_PRETRAINED)}_reference.npz')
     if not path.is_file():
       known = sorted(
@@ -244,9 +280,29 @@ def _reference(
     return references.load(path, net)
   if references.holds(pathlib.Path(name)):
     return references.load(pathlib.Path(name), net)
+  if references.is_batch(pathlib.Path(name)):
+    return _reference_batch(pathlib.Path(name), config, net)
   images_ = _image_set(name, config, paths)
   _check_images(images_, net)
   return _summarize(images_, net, config.evaluate.batch_size)
+
+
+def _reference_batch(
+  path: pathlib.Path,
+  config: ml_collections.ConfigDict,
+  net: features.FeatureNet,
+) -> features.Summary:
+  """The statistics of a reference batch, and the features of its images."""
+  one = jax.ShapeDtypeStruct((1, *net.image_shape), np.uint8)
+  out = jax.eval_shape(net.apply, net.params, one)
+  # Before the images, which take long.
+  whole, spatial = references.load_batch_statistics(
+    path, out.features.size, out.spatial.size
+  )
+  images_ = image_sets.from_path(path)
+  _check_images(images_, net)
+  summary = _summarize(images_, net, config.evaluate.batch_size)
+  return dataclasses.replace(summary, features=whole, spatial=spatial)
 
 
 def _through_first_stage(

@@ -3,11 +3,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import mnist
-from d2dpm_jax.evaluation import references
+from configs import imagenet, lsun_bedrooms, lsun_churches, mnist
+from d2dpm_jax.evaluation import features, references
 from d2dpm_jax.pipelines import evaluate
 from d2dpm_jax.runtime import files
 
@@ -38,6 +39,171 @@ def _mnist_file(path):
     arrays[f'x_{split}'] = _strokes(count, count)[:, 2:-2, 2:-2, 0]
     arrays[f'y_{split}'] = rng.integers(0, 10, count)
   np.savez(path, **arrays)
+
+
+def _apply(params, images):
+  x = images.astype(jnp.float32) / 255
+  flat = x.reshape(len(x), -1)
+  return features.Activations(
+    jnp.tanh(flat @ params['features']),
+    x.reshape(len(x), 4, 2, 4, 2, 3).mean((2, 4)),
+    flat @ params['logits'],
+  )
+
+
+def _small_net(path='', image_shape=(8, 8, 3)):
+  """In Inception's place: 5 features, 48 spatial ones, 6 classes."""
+  rng = np.random.default_rng(7)
+  params = {
+    name: rng.normal(size=(192, size)).astype(np.float32) / 8
+    for name, size in (('features', 5), ('logits', 6))
+  }
+  return features.FeatureNet(
+    'inception', f'small{path}', image_shape, 6, params, _apply
+  )
+
+
+@pytest.fixture
+def photographs(tmp_path, monkeypatch):
+  """Files of small RGB images, and their config with a small network."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(evaluate.inception, 'inception_net', _small_net)
+  rng = np.random.default_rng(3)
+  fake = rng.integers(30, 220, (24, 8, 8, 3), np.uint8)
+  real = rng.integers(0, 256, (40, 8, 8, 3), np.uint8)
+  # These labels are no classes of the network.
+  np.savez('fake.npz', arr_0=fake, arr_1=np.arange(24) + 900)
+  np.savez('real.npz', arr_0=real)
+  np.savez('some.npz', arr_0=real[:15])
+  config = imagenet.get_config()
+  config.evaluate.update(
+    samples='fake.npz', reference='real.npz', batch_size=16
+  )
+  return config
+
+
+def _reference_batch():
+  """The arrays of a reference batch: of real.npz, with images of some.npz."""
+  with np.load('real.npz') as file:
+    out = _small_net().apply(_small_net().params, file['arr_0'])
+  values = np.asarray(out.features, np.float64)
+  spatial = np.asarray(out.spatial, np.float64).reshape(len(values), -1)
+  with np.load('some.npz') as file:
+    return dict(
+      mu=values.mean(0),
+      sigma=np.cov(values, rowvar=False),
+      mu_s=spatial.mean(0),
+      sigma_s=np.cov(spatial, rowvar=False),
+      arr_0=file['arr_0'],
+    )
+
+
+def _result(config, **settings):
+  config.evaluate.update(settings)
+  return evaluate.evaluate(config, files.Workdir.at('run'))
+
+
+def test_reference_batch_counts_as_the_images_that_it_is_of(photographs):
+  np.savez('batch.npz', **_reference_batch())
+  whole = _result(photographs, reference='real.npz')
+  some = _result(photographs, reference='some.npz')
+  batch = _result(photographs, reference='batch.npz')
+  assert whole['num_reference'] == 40
+  assert batch['num_reference'] == 15
+  assert whole['fid'] > 0.01 and abs(whole['fid'] / some['fid'] - 1) > 0.01
+  for name in ('fid', 'sfid'):
+    np.testing.assert_allclose(batch[name], whole[name], rtol=1e-5)
+  for name in ('precision', 'recall'):
+    assert batch[name] == some[name]
+  assert some['recall'] != whole['recall']
+  # As a set of samples it is its images.
+  images = _result(photographs, samples='batch.npz', reference='some.npz')
+  assert images['num_samples'] == 15 and images['fid'] < 1e-3
+
+
+@pytest.mark.parametrize(
+  'names, message',
+  [
+    (['mu'], r'lacks mu \(for FID\)\.'),
+    (
+      ['sigma', 'mu_s', 'sigma_s'],
+      r'lacks sigma \(for FID\), mu_s \(for sFID\), sigma_s \(for sFID\)\.',
+    ),
+    (['arr_0'], r'lacks arr_0 \(for precision and recall\)\.'),
+  ],
+)
+def test_reference_batch_without_arrays_is_refused(photographs, names, message):
+  arrays = _reference_batch()
+  for name in names:
+    del arrays[name]
+  np.savez('batch.npz', **arrays)
+  with pytest.raises(ValueError, match='batch.npz ' + message):
+    _result(photographs, reference='batch.npz')
+
+
+@pytest.mark.parametrize(
+  'arrays, message',
+  [
+    (dict(mu=np.zeros(4)), r'mu as float64\[4\].*float\[5\]'),
+    (dict(sigma_s=np.zeros(48)), r'sigma_s as .*float\[48, 48\]'),
+    (dict(mu=np.zeros(5, int)), 'mu as int64'),
+    (dict(mu=np.full(5, np.nan)), 'NaN or infinity in mu'),
+    (dict(mu=np.array([{}] * 5)), 'batch.npz is damaged'),
+    (dict(arr_0=np.zeros((9, 4, 4, 3), np.uint8)), r'\[4, 4, 3\].*\[8, 8, 3\]'),
+    (dict(arr_0=np.zeros((9, 8, 8, 3))), r'float64.*uint8'),
+  ],
+)
+def test_reference_batch_of_something_else_is_refused(
+  photographs, arrays, message
+):
+  np.savez('batch.npz', **_reference_batch() | arrays)
+  with pytest.raises(ValueError, match=message):
+    _result(photographs, reference='batch.npz')
+
+
+def test_network_is_made_for_the_weights_and_the_images(photographs):
+  result = _result(photographs, inception='weights.pth')
+  assert result['network'] == 'inception'
+  assert result['network_digest'] == 'smallweights.pth'
+  assert result['num_samples'] == 24
+  # The file has labels, but this network's classes are others.
+  assert result['label_agreement'] is None
+  assert 1 <= result['inception_score'] <= 6
+
+
+@pytest.mark.parametrize(
+  'settings, message',
+  [
+    (dict(network='vgg'), r"'vgg'; expected one of \['digits', 'inception'\]"),
+    (dict(network='digits'), r"\[8, 8, 3\].*'digits' takes \[32, 32, 1\]"),
+    (dict(samples='gray.npz'), '1 channel, but .* takes RGB'),
+    (dict(samples='mnist:test'), 'train.data, which this config has not'),
+    (dict(reference='mnist:test'), 'train.data, which this config has not'),
+    (dict(reference='pretrained:mnist'), "of the network 'digits'"),
+    (dict(reference=''), 'reference is not set'),
+  ],
+)
+def test_what_does_not_suit_the_network_is_refused(
+  photographs, settings, message
+):
+  np.savez('gray.npz', arr_0=_strokes(3))
+  with pytest.raises(ValueError, match=message):
+    _result(photographs, **settings)
+
+
+def test_missing_weights_of_inception_are_named(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  np.savez(tmp_path / 'x.npz', arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+  config = imagenet.get_config()
+  config.evaluate.samples = str(tmp_path / 'x.npz')
+  with pytest.raises(FileNotFoundError, match='pt_inception-2015-12-05'):
+    evaluate.evaluate(config, files.Workdir.at(tmp_path))
+
+
+def test_every_config_names_its_network():
+  assert mnist.get_config().evaluate.network == 'digits'
+  for config in (imagenet, lsun_bedrooms, lsun_churches):
+    assert config.get_config().evaluate.network == 'inception'
 
 
 def test_run_prints_a_table_and_writes_metrics(tmp_path, capsys):
