@@ -78,10 +78,9 @@ def test_full_precision_needs_no_calibration_and_no_correction(tiny):
 def test_statistics_of_another_sampler_are_refused(tiny, calibrated):
   other = tiny.with_config(sampler__guidance_scale=1.5)
   quantized = dataclasses.replace(calibrated.quantized, model=other)
-  with pytest.raises(ValueError) as error:
+  text = 'sampler.guidance_scale: saved 3.0, now 1.5'
+  with pytest.raises(ValueError, match=text):
     sample.batch_runner(quantized, 'd-d2', False, False, 2, 0)
-  assert "'guidance_scale': 3.0" in str(error.value)
-  assert "'guidance_scale': 1.5" in str(error.value)
 
 
 @pytest.mark.parametrize('labels', [[0, 4], [-1, 2]])
