@@ -1,5 +1,6 @@
 """The notebook interface: the documented three lines, and its errors."""
 
+import importlib.resources
 import shutil
 
 import numpy as np
@@ -9,7 +10,10 @@ from flax import traverse_util
 from helpers import assert_error_models_equal, assert_trees_equal, contents
 
 import d2dpm_jax as d2
+from d2dpm_jax.evaluation import digits
 from d2dpm_jax.pipelines import setup
+from d2dpm_jax.runtime import weights
+from d2dpm_jax.training import data
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -189,3 +193,17 @@ def test_unknown_name_of_the_package():
   with pytest.raises(AttributeError, match="no attribute 'samples'"):
     d2.samples  # noqa: B018
   assert sorted(d2.__all__) == ['calibrate', 'load', 'load_quantized', 'sample']
+
+
+def test_the_embedded_model_draws_the_digits_it_is_asked_for():
+  """Half the usual steps; the embedded classifier is the judge."""
+  labels = np.tile(np.arange(10), 3)
+  model = d2.load('mnist', {'sampler.steps': 10})
+  images = d2.sample(model, labels)
+  assert images.shape == (30, 32, 32, 1)
+  path = importlib.resources.files('d2dpm_jax') / 'pretrained'
+  params, _ = weights.load_safetensors(path / 'mnist_classifier.safetensors')
+  logits = digits.DigitClassifier().apply(
+    {'params': params}, data.to_float(images)
+  )['logits']
+  assert np.mean(np.argmax(logits, -1) == labels) >= 0.9
