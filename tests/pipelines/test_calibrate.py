@@ -213,7 +213,7 @@ def _killed_after(name, count):
     def __init__(self, bar):
       self.bar, self.done = bar, 0
 
-    def update(self, n=1, note=''):
+    def update(self, n=1, note='', reused=False):
       self.bar.update(n, note)
       self.done += n
       if self.done >= count:
