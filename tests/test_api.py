@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures('quick_compile')
 @pytest.fixture(scope='module')
 def overrides(tiny):
   """What makes configs/mnist.py the tiny model, by dotted names."""
-  config = setup.plain(tiny_config.get_config())
+  config = setup.plain(tiny_config.get_config('few'))
   flat = traverse_util.flatten_dict(config, sep='.')
   flat = {k: v for k, v in flat.items() if not k.startswith('train.')}
   return {**flat, 'checkpoint.path': str(tiny.weights)}
@@ -33,22 +33,33 @@ def model(overrides):
 
 
 @pytest.fixture(scope='module')
-def quantized(calibrated, model):
-  return d2.load_quantized(model, calibrated.paths.root)
+def workdir(tmp_path_factory):
+  return tmp_path_factory.mktemp('api') / 'work'
 
 
-def test_the_three_lines(model, calibrated):
-  quantized = d2.calibrate(model, weight_bits=4, act_bits=8)
-  images = d2.sample(quantized, labels=[3] * 8, correction='d-d2')
+@pytest.fixture(scope='module')
+def quantized(model, workdir):
+  return d2.calibrate(model, weight_bits=4, act_bits=8, workdir=workdir)
+
+
+def test_the_three_lines(model, quantized, workdir):
+  again = d2.calibrate(model, weight_bits=4, act_bits=8)  # Keeps nothing.
+  images = d2.sample(again, labels=[3] * 8, correction='d-d2')
   assert images.dtype == np.uint8 and images.shape == (8, 8, 8, 1)
   assert len(np.unique(images.reshape(8, -1), axis=0)) == 8
-  # The command line's calibration is the same one.
-  assert_trees_equal(quantized.qstate, calibrated.quantized.qstate)
-  assert_error_models_equal(
-    quantized.error_models, calibrated.quantized.error_models
-  )
-  again = d2.load_quantized(model, calibrated.paths.root)
-  np.testing.assert_array_equal(d2.sample(again, labels=[3] * 8), images)
+  # With a work directory it is the same calibration, and can be loaded.
+  for other in (quantized, d2.load_quantized(model, workdir)):
+    assert_trees_equal(other.qstate, again.qstate)
+    assert_error_models_equal(other.error_models, again.error_models)
+    np.testing.assert_array_equal(d2.sample(other, labels=[3] * 8), images)
+
+
+def test_bits_are_those_asked_for_or_the_configs(model, quantized):
+  bits = {path: s['weight'].bits for path, s in quantized.qstate.items()}
+  assert bits['middle_block_0/in_layers_2'] == 4
+  assert quantized.model.config.quant.weight_bits == 4
+  with pytest.raises(ValueError, match='11'):  # Of the config, when not given.
+    d2.calibrate(model, overrides={'quant.weight_bits': 11})
 
 
 def test_sampling_options_act(quantized):
@@ -79,31 +90,20 @@ def test_full_precision_is_sampled_without_correction(model, quantized):
   assert (plain != d2.sample(quantized, labels=[0, 1])).any()
 
 
-def test_a_calibration_is_found_whatever_ran_last(model, calibrated, tmp_path):
+def test_a_calibration_is_found_whatever_ran_last(
+  overrides, quantized, workdir, tmp_path
+):
   """config.json is that of the latest command, perhaps with other steps."""
-  shutil.copytree(calibrated.paths.root, tmp_path / 'work')
+  shutil.copytree(workdir, tmp_path / 'work')
   (tmp_path / 'work' / 'config.json').write_text('{}')
   other = d2.load(
-    'mnist',
-    {
-      **{'sampler.steps': 50, 'quant.weight_bits': 8},
-      **_architecture(model),
-    },
+    'mnist', {**overrides, 'sampler.steps': 50, 'quant.weight_bits': 8}
   )
   found = d2.load_quantized(other, tmp_path / 'work')
   assert found.model.sampler.steps == 4
   assert found.model.config.quant.weight_bits == 4
   assert other.config.sampler.steps == 50  # Left as it was.
-  assert_trees_equal(found.qstate, calibrated.quantized.qstate)
-
-
-def _architecture(model):
-  """Overrides of config.model and its weights."""
-  flat = traverse_util.flatten_dict(setup.plain(model.config.model), sep='.')
-  return {
-    **{f'model.{name}': value for name, value in flat.items()},
-    'checkpoint.path': model.config.checkpoint.path,
-  }
+  assert_trees_equal(found.qstate, quantized.qstate)
 
 
 def test_calibrate_leaves_the_model_as_it_was(model):
@@ -113,16 +113,14 @@ def test_calibrate_leaves_the_model_as_it_was(model):
   assert setup.plain(model.config) == before
 
 
-def test_a_work_directory_is_kept(model, calibrated, tmp_path):
-  """And a second call takes everything over."""
-  shutil.copytree(calibrated.paths.calibration, tmp_path / 'w' / 'calibration')
-  before = contents(tmp_path / 'w' / 'calibration')
-  quantized = d2.calibrate(model, workdir=tmp_path / 'w')
-  assert contents(tmp_path / 'w' / 'calibration') == before
-  assert_trees_equal(quantized.qstate, calibrated.quantized.qstate)
-  assert d2.load_quantized(model, tmp_path / 'w').qstate.keys()
+def test_a_work_directory_is_gone_on_with_or_refused(model, quantized, workdir):
+  before = contents(workdir / 'calibration')
+  again = d2.calibrate(model, workdir=workdir)
+  assert contents(workdir / 'calibration') == before
+  assert_trees_equal(again.qstate, quantized.qstate)
   with pytest.raises(ValueError, match='quant.weight_bits: saved 4, now 8'):
-    d2.calibrate(model, weight_bits=8, workdir=tmp_path / 'w')
+    d2.calibrate(model, weight_bits=8, workdir=workdir)
+  assert contents(workdir / 'calibration') == before
 
 
 @pytest.mark.parametrize('name', ['minst', 'common', '', 'mnist.py', 'a.b'])
