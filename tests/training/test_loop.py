@@ -164,6 +164,29 @@ def test_steps_that_do_not_divide(tmp_path):
   )
 
 
+def test_step_i_has_the_key_fold_in_i(tmp_path):
+  """Told from Adam's first moment of gradients that are the key's draw."""
+  moments = []
+
+  def loss(params, key, data):
+    draw = jax.random.uniform(key, minval=-1.0)  # So that nothing is clipped.
+    return draw * params['b'] + 0 * params['w'].sum(), {}
+
+  def after_call(state):
+    (moment,) = [s.mu['b'] for s in state.opt_state[1] if hasattr(s, 'mu')]
+    moments.append(float(moment))
+    return state
+
+  settings = dataclasses.replace(_SETTINGS, steps_per_call=1)
+  _fit(tmp_path, settings, loss=loss, after_call=after_call)
+  want = 0.0
+  for i, moment in enumerate(moments):
+    key = jax.random.fold_in(jax.random.key(0), i)
+    want = 0.9 * want + 0.1 * float(jax.random.uniform(key, minval=-1.0))
+    np.testing.assert_allclose(moment, want, rtol=1e-5, atol=1e-7)
+  assert len(moments) == 10
+
+
 def test_the_key_decides_the_batches(tmp_path):
   a, b = _fit(tmp_path / 'a'), _fit(tmp_path / 'b', seed=1)
   assert np.abs(a.params['w'] - b.params['w']).max() > 1e-4
