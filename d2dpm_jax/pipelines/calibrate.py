@@ -3,7 +3,6 @@
 import logging
 import pathlib
 import zipfile
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,9 +10,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from d2dpm_jax.denoising import gaussian
-from d2dpm_jax.diffusion import noise
-from d2dpm_jax.pipelines import artifacts, generation, setup, trajectories
+from d2dpm_jax.pipelines import (
+  artifacts,
+  generation,
+  setup,
+  statistics,
+  trajectories,
+)
 from d2dpm_jax.quantization import adaround, policy, reconstruction, transform
 from d2dpm_jax.runtime import files, progress
 
@@ -54,7 +57,7 @@ def calibrate(model: setup.Model, paths: files.Workdir) -> artifacts.Quantized:
     # Off the device that learned it: sampling runs on all of them.
     qstate = jax.device_get(quantize(model, spool, paths))
   with progress.timed(times, 'statistics'):
-    error_models = fit_errors(model, qstate, spool, paths)
+    error_models = statistics.fit_errors(model, qstate, spool, paths)
   quantized = artifacts.Quantized(model, qstate, error_models)
   artifacts.save(quantized, paths)
   for name, seconds in times.items():
@@ -224,60 +227,3 @@ def _stored_units(
       except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         _log.warning('%s is damaged (%s); it is made again.', path, error)
   return found
-
-
-def fit_errors(
-  model: setup.Model,
-  qstate: transform.QuantState,
-  spool: trajectories.Trajectories,
-  paths: files.Workdir,
-) -> dict[str, gaussian.ErrorModel]:
-  """Runs the quantized network on the trajectories, fits (eps_q, error).
-
-  Returns:
-    'tensor' and 'channel' -> error model of all sampling steps.
-  """
-  config = model.config
-  directory = paths.calibration / 'eps_q'
-  count = config.statistics.num_samples
-  program = generation.eps_program(
-    model.ldm, model.sampler, config.sample.microbatch
-  )
-  inputs = generation.Inputs(
-    model.params, qstate, None, noise.seed_key(config.seed)
-  )
-  with progress.progress('statistics', count, 'image') as bar:
-    for start in spool.starts:
-      batch = spool.batch(start)
-      rows = min(len(batch.x), count - start)
-      if rows <= 0:
-        break
-      reused = (directory / f'{start:06d}.npy').is_file()
-      if not reused:
-        eps_q = program(inputs, batch.x[:rows], batch.labels[:rows])
-        trajectories.write_array(directory, f'{start:06d}', eps_q)
-      bar.update(rows, reused=reused)
-  timesteps = generation.rows_of(model.ldm, model.sampler).t
-
-  def pairs(t: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    step = int(np.flatnonzero(timesteps == t)[0])
-    for start in spool.starts:
-      if start < count:
-        eps_q = trajectories.read_array(directory, f'{start:06d}')
-        eps = spool.batch(start).eps[: len(eps_q)]
-        yield eps_q[:, step], eps[:, step]
-
-  settings = {
-    **artifacts.structure(model),
-    'sampler': artifacts.sampler_settings(model),
-  }
-  return {
-    kind: gaussian.fit(
-      timesteps.tolist(),
-      pairs,
-      channel_wise=kind == 'channel',
-      outlier_std=config.statistics.outlier_std,
-      settings=settings,
-    )
-    for kind in ('tensor', 'channel')
-  }
