@@ -9,6 +9,7 @@ Modes:
   calibrate  quantizes the network and fits its error model
   sample     generates images with the quantized, corrected network
   evaluate   judges images: FID, sFID, IS, precision, recall, labels
+  benchmark  measures what --config.benchmark.what names
 
 Any field of a config can be set: --config.quant.weight_bits=8
 """
@@ -25,7 +26,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-MODES = ('train', 'convert', 'calibrate', 'sample', 'evaluate')
+MODES = ('train', 'convert', 'calibrate', 'sample', 'evaluate', 'benchmark')
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'An experiment, such as configs/mnist.py.', lock_config=True

@@ -47,7 +47,8 @@ def base_config(arg: str = '') -> ml_collections.ConfigDict:
   config.seed = 0
 
   # Where the weights are: 'pretrained:mnist' (embedded), a directory written
-  # by --mode train or convert, or '' for <workdir>/params.
+  # by --mode train or convert, '' for <workdir>/params, or 'random:<seed>'
+  # for benchmarks without weights.
   config.checkpoint = ml_collections.ConfigDict()
   config.checkpoint.path = ''
   # Read by --mode convert: a PyTorch checkpoint of latent diffusion (.ckpt, or
@@ -109,9 +110,13 @@ def base_config(arg: str = '') -> ml_collections.ConfigDict:
   config.calibration.batch_size = 64  # trajectories at a time
 
   # Joint Gaussian of (eps_q, eps_q - eps) per step.
+  # 'fp': at points of full-precision trajectories, as the paper; 'quantized':
+  # of those of the quantized network with `sample.correction`.
   config.statistics = ml_collections.ConfigDict()
+  config.statistics.trajectory = 'fp'
   config.statistics.num_samples = 1024
   config.statistics.outlier_std = 4.0  # farther from the mean: left out
+  config.statistics.folds = 4  # of images, to try the corrections on others
 
   config.sample = sample = ml_collections.ConfigDict()
   sample.num_images = 64
@@ -120,7 +125,7 @@ def base_config(arg: str = '') -> ml_collections.ConfigDict:
   # decisions in a quantized network depend on the last bit of a sum, and so
   # on the shape of the compiled program.
   sample.microbatch = 8
-  sample.correction = 'd-d2'  # none, s-d2, d-d2, mean-only, ...
+  sample.correction = 'd-d2'  # none, s-d2, d-d2, mean-only, auto, ...
   sample.channel_wise = False  # statistics per latent channel or per tensor
   sample.absorb_variance = False  # s-d2 only; the official code leaves it off
   sample.quantized = True  # False: the full-precision network
@@ -148,6 +153,11 @@ def base_config(arg: str = '') -> ml_collections.ConfigDict:
       shuffle=True,  # before splitting; False: the file's order
     )
   )
+
+  config.benchmark = ml_collections.ConfigDict()
+  # 'cost': size in MB and bit operations, from shapes alone (docs/cost.md).
+  config.benchmark.what = 'cost'
+
   if arg == 'fast':
     _set_fast_quantization(config)
   elif arg.startswith('paper'):

@@ -108,20 +108,27 @@ def layer_policy(
   model: setup.Model,
 ) -> tuple[policy.Policy, tuple[transform.Layer, ...]]:
   """Bits of every layer of the U-Net, see `config.quant`, and the layers."""
-  quant = model.config.quant
+  layers = list_layers(model)
+  return policy.build_policy(layers, policy_rules(model.config.quant)), layers
+
+
+def policy_rules(quant: ml_collections.ConfigDict) -> list[policy.Rule]:
+  """Rules that `config.quant` describes; an empty regex is none."""
   edge = dict(w=quant.edge_bits, a=quant.edge_bits, reconstruct=False)
-  rules = [
+  rules: list[policy.Rule] = [
     (quant.edge_layers, edge),
     (quant.float_layers, None),
     ('.*', dict(w=quant.weight_bits, a=quant.act_bits)),
   ]
-  layers = transform.list_layers(
-    model.ldm.unet.apply, *_example_arguments(model)
-  )
-  return policy.build_policy(layers, [r for r in rules if r[0]]), layers
+  return [rule for rule in rules if rule[0]]
 
 
-def _example_arguments(model: setup.Model) -> tuple[Any, ...]:
+def list_layers(model: setup.Model) -> tuple[transform.Layer, ...]:
+  """Layers of the U-Net for one image; the model may be an outline."""
+  return transform.list_layers(model.ldm.unet.apply, *example_arguments(model))
+
+
+def example_arguments(model: setup.Model) -> tuple[Any, ...]:
   """Variables and inputs of the U-Net for one image."""
   context = None
   if model.ldm.cond_stage is not None:

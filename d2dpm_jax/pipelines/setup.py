@@ -21,6 +21,7 @@ from d2dpm_jax.runtime import files, weights
 
 _log = logging.getLogger(__name__)
 _PRETRAINED = 'pretrained:'
+_RANDOM = 'random:'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,6 +97,13 @@ def build(config: ml_collections.ConfigDict) -> LatentDiffusion:
   return latent_diffusion.from_config(plain(config.model))
 
 
+def outline(config: ml_collections.ConfigDict) -> Model:
+  """The model without weights: `params` holds shapes, `digest` is empty."""
+  config = resolve(config)
+  ldm = build(config)
+  return Model(config, ldm, jax.eval_shape(ldm.init, jax.random.key(0)), '')
+
+
 def load(
   config: ml_collections.ConfigDict, paths: files.Workdir | None = None
 ) -> Model:
@@ -116,7 +124,7 @@ def load(
   ldm = build(config)
   _check_guidance(config, ldm)
   where = config.checkpoint.path
-  params, meta, path = _read_weights(where, paths)
+  params, meta, path = _read_weights(where, paths, ldm)
   _check_model(meta, ldm, path)
   _check_shapes(params, jax.eval_shape(ldm.init, jax.random.key(0)), path)
   model = Model(config, ldm, jax.tree.map(np.asarray, params), _digest(params))
@@ -126,9 +134,17 @@ def load(
 
 
 def _read_weights(
-  where: str, paths: files.Workdir | None
+  where: str, paths: files.Workdir | None, ldm: LatentDiffusion
 ) -> tuple[Any, dict[str, Any], pathlib.Path]:
   """Parameters, their metadata, and where they were."""
+  if where.startswith(_RANDOM):
+    seed = where.removeprefix(_RANDOM)
+    if not seed.isdecimal():
+      raise ValueError(
+        f'--config.checkpoint.path={where}: expected a seed, as in random:0.'
+      )
+    _log.warning('The weights are random (%s): good for timings only.', where)
+    return _random_weights(ldm, int(seed)), {}, pathlib.Path(where)
   if where.startswith(_PRETRAINED):
     name = f'{where.removeprefix(_PRETRAINED)}_ldm.safetensors'
     folder = importlib.resources.files('d2dpm_jax') / 'pretrained'
@@ -156,6 +172,36 @@ def _read_weights(
       '--config.checkpoint.path to a .safetensors file or an Orbax directory, '
       "or to 'pretrained:mnist'."
     ) from error
+
+
+def _random_weights(ldm: LatentDiffusion, seed: int) -> Any:
+  """Parameters without training, none of the kernels zero.
+
+  `LatentDiffusion.init` would leave the last layer of every residual branch,
+  and so the output, at zero. Drawn on the host: quick, and the same everywhere.
+
+  Args:
+    ldm: the architecture.
+    seed: >= 0.
+
+  Returns:
+    Normal kernels of variance 1 / fan in and normal embeddings; norms are the
+    identity, biases zero, latents unscaled.
+  """
+  rng = np.random.default_rng(seed)
+  shapes = traverse_util.flatten_dict(
+    jax.eval_shape(ldm.init, jax.random.key(0)), sep='/'
+  )
+  params = {}
+  for name, wanted in sorted(shapes.items()):
+    kind = name.rpartition('/')[2]
+    value = np.full(wanted.shape, kind != 'bias', np.float32)
+    if kind in ('kernel', 'embedding'):
+      value = rng.standard_normal(wanted.shape, np.float32)
+    if kind == 'kernel':
+      value /= np.float32(np.prod(wanted.shape[:-1]) ** 0.5)
+    params[name] = value
+  return traverse_util.unflatten_dict(params, sep='/')
 
 
 def _check_guidance(

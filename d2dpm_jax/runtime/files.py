@@ -67,12 +67,26 @@ class Workdir:
     return self.root / f'error_model_{kind}.npz'
 
   @property
+  def held_out(self) -> pathlib.Path:
+    """How the corrections did on images that they were not fitted on."""
+    return self.root / 'held_out.npz'
+
+  @property
+  def held_out_table(self) -> pathlib.Path:
+    """The same for people."""
+    return self.calibration / 'held_out.txt'
+
+  @property
   def samples(self) -> pathlib.Path:
     return self.root / 'samples'
 
   @property
   def metrics(self) -> pathlib.Path:
     return self.root / 'metrics.json'
+
+  def benchmark(self, name: str) -> pathlib.Path:
+    """What --mode benchmark writes, such as 'cost.json'."""
+    return self.root / 'benchmark' / name
 
   @property
   def training(self) -> pathlib.Path:

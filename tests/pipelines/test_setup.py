@@ -168,3 +168,37 @@ def test_plain_leaves_no_config_dict():
 
   walk(plain)
   assert plain['quant']['block_types'] == ('ResBlock', 'BasicTransformerBlock')
+
+
+def test_random_weights_need_no_file(tiny, caplog):
+  config = tiny.config(checkpoint__path='random:3')
+  with caplog.at_level('WARNING'):
+    model = setup.load(config)
+  assert 'The weights are random (random:3)' in caplog.text
+  assert model.digest == setup.load(config).digest
+  other = setup.load(tiny.config(checkpoint__path='random:4'))
+  assert other.digest != model.digest
+  for path, value in jax.tree_util.tree_leaves_with_path(model.params):
+    assert value.dtype == np.float32
+    if path[-1].key == 'kernel':
+      assert value.all(), path
+      assert value.std() * np.prod(value.shape[:-1]) ** 0.5 < 1.3, path
+  x = np.ones([2, *model.ldm.latent_shape], np.float32)
+  eps = model.ldm.eps(
+    model.params, x, np.array([1, 900]), np.ones([2, 1, 16], np.float32)
+  )
+  assert np.isfinite(eps).all() and 0.05 < np.std(eps) < 20
+
+
+@pytest.mark.parametrize('path', ['random:', 'random:x', 'random:-1'])
+def test_random_weights_take_a_seed(tiny, path):
+  with pytest.raises(ValueError, match='expected a seed, as in random:0'):
+    setup.load(tiny.config(checkpoint__path=path))
+
+
+def test_an_outline_has_the_shapes_of_the_model(tiny):
+  model = setup.outline(tiny.config(checkpoint__path='none'))
+  assert model.ldm == tiny.model.ldm
+  found = jax.tree.map(lambda x: (x.shape, x.dtype), model.params)
+  wanted = jax.tree.map(lambda x: (x.shape, x.dtype), tiny.model.params)
+  assert found == wanted

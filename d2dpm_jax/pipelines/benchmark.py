@@ -1,0 +1,28 @@
+"""`--mode benchmark`: measures `config.benchmark.what`, a report per name."""
+
+from collections.abc import Callable
+
+import ml_collections
+
+from d2dpm_jax.pipelines import cost
+from d2dpm_jax.runtime import files
+
+REPORTS: dict[
+  str, Callable[[ml_collections.ConfigDict, files.Workdir], None]
+] = {
+  'cost': cost.report,
+}
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> None:
+  """Prints a table and writes it below benchmark/ of the work directory.
+
+  Raises:
+    ValueError: there is no such report.
+  """
+  what = config.benchmark.what
+  if what not in REPORTS:
+    raise ValueError(
+      f'benchmark.what is {what!r}; expected one of {list(REPORTS)}.'
+    )
+  REPORTS[what](config, files.Workdir.at(workdir))
