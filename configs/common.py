@@ -78,7 +78,7 @@ def base_config(arg: str = '') -> ml_collections.ConfigDict:
   quant.act_range = 'mse'  # 'mse' or 'max'
 
   # Modules whose weights are reconstructed together (BRECQ's blocks); every
-  # other quantized layer is reconstructed alone.
+  # other quantized layer is reconstructed alone, with () all of them.
   quant.block_types = ('ResBlock', 'BasicTransformerBlock')
   # AdaRound weights, then activation step sizes, unit by unit. These are the
   # fields of d2dpm_jax.quantization.adaround.Settings, with the paper's values.
@@ -94,12 +94,18 @@ def base_config(arg: str = '') -> ml_collections.ConfigDict:
       p=2.0,  # norm of the reconstruction loss
       asymmetric=True,  # inputs from the network quantized so far
       drop_prob=0.0,  # QDrop: share of activation elements left in float
+      loss='mse',  # or 'fisher_diag': by squared gradients of the output error
       act_iters=5_000,  # per unit; 0 keeps the searched ranges
       act_batch_size=32,
       act_lr=4e-4,  # Adam with cosine decay, of the step sizes
       act_p=2.4,
       act_asymmetric=False,
       act_init_samples=32,  # for the range search
+      # Where it is computed. These change nothing else (but last bits).
+      devices=ml_collections.config_dict.placeholder(int),  # None: all local
+      # Activations of the calibration set in host memory; None: if need be.
+      host_streams=ml_collections.config_dict.placeholder(bool),
+      chunk=128,  # samples in one forward of a unit
     )
   )
 
@@ -107,6 +113,7 @@ def base_config(arg: str = '') -> ml_collections.ConfigDict:
   config.calibration = ml_collections.ConfigDict()
   config.calibration.num_samples = 1024
   config.calibration.timesteps = 'uniform'  # or 'normal' (PTQ4DM)
+  config.calibration.balanced_labels = True  # over classes; False: at random
   config.calibration.batch_size = 64  # trajectories at a time
 
   # Joint Gaussian of (eps_q, eps_q - eps) per step.

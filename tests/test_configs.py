@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from configs import common
-from d2dpm_jax.pipelines import calibrate, generation, setup
+from d2dpm_jax.pipelines import generation, layer_bits, quantize, setup
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _NAMES = sorted(
@@ -31,7 +31,7 @@ def test_rules_fit_the_network(name):
   ldm = setup.build(config)
   shapes = jax.eval_shape(ldm.init, jax.random.key(0))
   model = setup.Model(config, ldm, shapes, 'digest')
-  table, layers = calibrate.layer_policy(model)
+  table, layers = layer_bits.layer_policy(model)
   assert [layer.path for layer in layers] == list(table)
   quant = config.quant
   edges = {
@@ -53,7 +53,7 @@ def test_rules_fit_the_network(name):
   # The sampler can be built, and reconstruction takes its settings.
   rows = generation.rows_of(ldm, model.sampler)
   assert len(rows.t) == config.sampler.steps
-  calibrate.reconstruction_settings(quant)
+  quantize.reconstruction_settings(quant)
 
 
 def test_every_field_is_read():

@@ -17,6 +17,7 @@ _ROOMS = {
   'runtime': set(),
   'evaluation': {'models', 'diffusion', 'runtime'},
   'training': {'models', 'diffusion', 'evaluation', 'runtime'},
+  'reporting': {'quantization', 'denoising', 'runtime'},
   'pretrained': set(),
 }
 # What takes plain dataclasses and arrays, and runs where these are missing.

@@ -29,7 +29,9 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.model.first_stage.update(resolution=8, ch_mult=(1, 1), n_embed=64)
   config.model.cond_stage.update(num_classes=5, embed_dim=16)
   config.sampler.steps = 4
-  config.quant.reconstruction.update(iters=4, act_iters=4, batch_size=8)
+  config.quant.reconstruction.update(
+    iters=4, act_iters=4, batch_size=8, devices=1
+  )
   config.calibration.update(num_samples=12, batch_size=8)
   config.statistics.num_samples = 12
   config.sample.update(num_images=10, microbatch=2)

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from d2dpm_jax.pipelines import calibrate, setup
+from d2dpm_jax.pipelines import layer_bits, setup
 from d2dpm_jax.quantization import cost, policy, transform
 from d2dpm_jax.runtime import files
 
@@ -66,10 +66,10 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, Any]:
   own = (quant.weight_bits, quant.act_bits)
   if own not in settings.values():
     settings[f'W{own[0]}A{own[1]}'] = own
-  layers = calibrate.list_layers(model)
-  table = policy.build_policy(layers, calibrate.policy_rules(quant))
+  layers = layer_bits.list_layers(model)
+  table = policy.build_policy(layers, layer_bits.policy_rules(quant))
   layer_macs = sum(map(cost.macs, layers))
-  variables, *inputs = calibrate.example_arguments(model)
+  variables, *inputs = layer_bits.example_arguments(model)
   # Products of two activations, in attention: of no layer, never quantized.
   products = (
     cost.count_macs(model.ldm.unet.apply, variables, *inputs) - layer_macs
@@ -136,7 +136,7 @@ def _with_bits(
     return {layer.path: None for layer in layers}
   other = quant.copy_and_resolve_references()
   other.update(weight_bits=w, act_bits=a)
-  return policy.build_policy(layers, calibrate.policy_rules(other))
+  return policy.build_policy(layers, layer_bits.policy_rules(other))
 
 
 def _describe(layer: transform.Layer, table: policy.Policy) -> dict[str, Any]:

@@ -5,6 +5,7 @@ the batches that are missing; they are mapped into memory when read.
 """
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ import numpy as np
 from d2dpm_jax.diffusion import noise
 from d2dpm_jax.pipelines import generation, setup
 from d2dpm_jax.runtime import files, progress
+
+_log = logging.getLogger(__name__)
 
 # Calibration noise is never that of an image which is sampled later.
 _KEY = 0xCA1
@@ -31,8 +34,18 @@ class Batch(NamedTuple):
 
 
 def write_array(directory: pathlib.Path, name: str, array: np.ndarray) -> None:
-  with files.atomic_write(directory / f'{name}.npy') as file:
-    np.save(file, array)
+  files.save_array(directory / f'{name}.npy', array)
+
+
+def has_array(directory: pathlib.Path, name: str) -> bool:
+  """Whether `write_array` wrote it; a damaged one is as good as none."""
+  path = directory / f'{name}.npy'
+  if not path.is_file():
+    return False
+  intact = files.is_intact(path)
+  if not intact:
+    _log.warning('%s is damaged; it is made again.', path)
+  return intact
 
 
 def read_array(directory: pathlib.Path, name: str) -> np.ndarray:
@@ -71,8 +84,9 @@ def collect(
   batch_size: int,
   microbatch: int,
   directory: pathlib.Path,
+  balanced: bool = True,
 ) -> Trajectories:
-  """Runs the full-precision sampler on `num_samples` balanced labels.
+  """Runs the full-precision sampler on `num_samples` labels.
 
   Args:
     model: what to run, with `model.sampler` and `model.config.seed`.
@@ -80,6 +94,7 @@ def collect(
     batch_size: trajectories per file, and in flight at a time.
     microbatch: see `generation`.
     directory: where the batches go; those that are there are kept.
+    balanced: see `draw_labels`.
 
   Raises:
     ValueError: the directory holds trajectories of other settings.
@@ -91,28 +106,45 @@ def collect(
     'seed': seed,
     'batch_size': batch_size,
     'microbatch': microbatch,
+    'balanced_labels': balanced,
     'dtype': model.config.model.dtype,
   }
   claim(directory, settings)
   program = generation.trajectory_program(model.ldm, model.sampler, microbatch)
-  key = jax.random.fold_in(noise.seed_key(seed), _KEY)
-  inputs = generation.Inputs(model.params, {}, None, key)
+  inputs = generation.Inputs(model.params, {}, None, noise_key(seed))
   starts = tuple(range(0, num_samples, batch_size))
   with progress.progress('trajectories', num_samples, 'image') as bar:
     for start in starts:
       index = np.arange(start, min(start + batch_size, num_samples))
       names = [f'{start:06d}.{field}' for field in Batch._fields]
-      reused = all((directory / f'{name}.npy').is_file() for name in names)
+      reused = all([has_array(directory, name) for name in names])
       if not reused:
-        labels = generation.balanced_labels(
-          seed, index, max(1, model.num_classes)
-        )
+        labels = draw_labels(seed, index, max(1, model.num_classes), balanced)
         out = program(inputs, index.astype(np.int32), labels)
         batch = Batch(out['x'], out['eps'], labels)
         for name, array in zip(names, batch, strict=True):
           write_array(directory, name, array)
       bar.update(len(index), reused=reused)
   return Trajectories(directory, starts)
+
+
+def draw_labels(
+  seed: int, index: np.ndarray, classes: int, balanced: bool
+) -> np.ndarray:
+  """Label of trajectory k, a function of (seed, k); int32[B].
+
+  `balanced` gives each class once in a row of `classes` trajectories; else
+  labels are uniformly random.
+  """
+  if balanced:
+    return generation.balanced_labels(seed, index, classes)
+  draws = [np.random.default_rng([seed, _KEY, int(k)]) for k in index]
+  return np.array([rng.integers(classes) for rng in draws], np.int32)
+
+
+def noise_key(seed: int) -> jax.Array:
+  """Root key of all noise of calibration; see `noise.seed_key`."""
+  return jax.random.fold_in(noise.seed_key(seed), _KEY)
 
 
 def claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from d2dpm_jax.quantization import affine
 
 Array = jax.Array
+LOSSES = ('mse', 'fisher_diag')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +55,16 @@ class Settings:
     act_lr: first Adam step of activation scales; cosine decay to 0.
     act_p: norm of the reconstruction loss of activations.
     act_asymmetric: as `asymmetric`, for step sizes.
+    loss: 'mse', or 'fisher_diag': errors are weighted by the squared gradient
+      of the network's output error with respect to the unit's output (BRECQ,
+      Eq. 10), as it is while the unit's weights alone are quantized.
     chunk: most samples in one forward of a unit over the calibration set.
     host_streams: keeps the activations of the calibration set in host memory
       and runs what lies between the units there; only the data of one unit
-      are on the accelerator. For data that exceed the accelerator's memory.
+      are on the accelerator. For data that exceed the accelerator's memory;
+      None leaves it to pipelines to tell, and is False here.
+    devices: most local devices that share a batch; None is all. So many are
+      used as divide the batch sizes, `chunk` and twice the samples.
     loop: runs iterations in a compiled loop rather than one call each. None:
       on accelerators only, as convolutions in loops are slow on CPUs.
     reports: how often per unit and phase progress is reported.
@@ -84,8 +91,10 @@ class Settings:
   act_lr: float = 4e-4
   act_p: float = 2.4
   act_asymmetric: bool = False
+  loss: str = 'mse'
   chunk: int = 128
-  host_streams: bool = False
+  host_streams: bool | None = None
+  devices: int | None = None
   loop: bool | None = None
   reports: int = 10
 
@@ -104,6 +113,10 @@ class Settings:
     ):
       if getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} is not positive.')
+    if self.devices is not None and self.devices < 1:
+      raise ValueError(f'devices={self.devices} is not positive.')
+    if self.loss not in LOSSES:
+      raise ValueError(f'loss={self.loss!r}: expected one of {list(LOSSES)}.')
     for name in ('warmup', 'drop_prob'):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} is not in [0, 1).')
@@ -214,19 +227,27 @@ def beta_schedule(
   return beta, weight
 
 
-def lp_loss(pred: Array, target: Array, p: Array | float) -> Array:
+def lp_loss(
+  pred: Array,
+  target: Array,
+  p: Array | float,
+  importance: Array | None = None,
+) -> Array:
   """|pred - target|^p summed over channels and averaged over the rest.
 
   Channels are the last axis, also for tokens [B, L, D]. (The paper's scripts
   sum over axis 1 there, which is tokens: the same loss times L / D.)
 
   Args:
-    pred: float[..., C].
-    target: float[..., C].
+    pred: float[B, ..., C].
+    target: float[B, ..., C].
     p: norm.
+    importance: float[B, ..., C], weights of the elements.
 
   Returns:
-    float32[].
+    float32[B], of each sample.
   """
   error = jnp.abs(pred.astype(jnp.float32) - target.astype(jnp.float32)) ** p
-  return jnp.mean(jnp.sum(error, axis=-1))
+  if importance is not None:
+    error = error * importance
+  return jnp.mean(jnp.sum(error, axis=-1), axis=tuple(range(1, error.ndim - 1)))

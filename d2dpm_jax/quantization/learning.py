@@ -18,7 +18,7 @@ import optax
 from d2dpm_jax.quantization import adaround, affine, transform
 from d2dpm_jax.quantization.adaround import Settings
 from d2dpm_jax.quantization.policy import LayerBits
-from d2dpm_jax.quantization.units import Call
+from d2dpm_jax.quantization.units import Call, take_rows
 
 Array = jax.Array
 Grids = dict[str, affine.QParams]
@@ -66,20 +66,35 @@ def search_grids(
   return found
 
 
-def _lp_loss(pred: Any, target: Any, p: Array | float) -> Array:
+def _lp_loss(
+  pred: Any, target: Any, p: Array | float, importance: Any = None
+) -> Array:
   """`adaround.lp_loss`, summed over the outputs of a unit with several."""
-  pairs = zip(jax.tree.leaves(pred), jax.tree.leaves(target), strict=True)
-  losses = [adaround.lp_loss(a, b, p) for a, b in pairs]
-  return jnp.sum(jnp.stack(losses))
+  losses = jax.tree.map(
+    lambda a, b, *w: adaround.lp_loss(a, b, p, *w),
+    *((pred, target) if importance is None else (pred, target, importance)),
+  )
+  return jnp.sum(jnp.stack(jax.tree.leaves(losses)), axis=0)
 
 
-@jax.jit
-def loss_and_signal(
-  pred: Any, target: Any, p: Array | float
+@functools.partial(jax.jit, static_argnames='call')
+def measure(
+  call: Call,
+  p: Array | float,
+  variables: Any,
+  grids: Grids,
+  batch: Any,
+  whole: Any,
+  target: Any,
+  importance: Any,
 ) -> tuple[Array, Array]:
-  """L_p loss, and the same norm of the target itself."""
+  """L_p loss of each row, and the same norm of its target; float32[rows]."""
+  out = _quantized_call(call, variables, grids, batch, whole)
   zero = jax.tree.map(jnp.zeros_like, target)
-  return _lp_loss(pred, target, p), _lp_loss(zero, target, p)
+  return (
+    _lp_loss(out, target, p, importance),
+    _lp_loss(zero, target, p, importance),
+  )
 
 
 dequantize = jax.jit(affine.dequantize, static_argnames='dtype')
@@ -125,10 +140,13 @@ class Task(NamedTuple):
       precision, all other kernels of quantized layers lie on their grids.
     grids: of layer inputs. For rounding: those with QDrop, else empty. For
       step sizes: those that are not learned.
-    batch: arrays with a sample per row.
+    initial: of what is learned: grids of kernels, or of layer inputs.
+    batch: arrays with a sample per row; those to learn from follow `first`.
+    first: int32[].
+    target: full-precision output; row 0 belongs to row `first` of `batch`.
+    importance: like `target`, weights of the loss, or None.
     whole: other arrays.
-    target: full-precision output.
-    rows: from `draw_rows`; None takes all samples in every iteration.
+    rows: from `draw_rows`.
     key: of the unit and phase.
     iters: int32[], iterations in all.
     knobs: see `knobs`.
@@ -136,12 +154,15 @@ class Task(NamedTuple):
 
   variables: Any
   grids: Grids
+  initial: Grids
   batch: Any
-  whole: Any
+  first: int | Array
   target: Any
-  rows: Array | None
+  importance: Any
+  whole: Any
+  rows: Array
   key: Array
-  iters: Array
+  iters: int | Array
   knobs: Knobs
 
 
@@ -170,88 +191,53 @@ def draw_rows(key: Array, total: int, batch_size: int, iters: int) -> Array:
   Args:
     key: of the unit and phase.
     total: number of samples.
-    batch_size: samples per iteration.
+    batch_size: samples per iteration; `total` or more takes all, in order.
     iters: iterations.
 
   Returns:
-    int32[iters, batch_size]; each sample occurs equally often, give or take
-    one.
+    int32[iters, min(batch_size, total)]; each sample occurs equally often,
+    give or take one.
   """
+  if batch_size >= total:
+    return jnp.tile(jnp.arange(total), (iters, 1))
   epochs = -(-iters * batch_size // total)
   keys = jax.random.split(key, epochs)
   rows = jax.vmap(lambda key: jax.random.permutation(key, total))(keys)
   return rows.reshape(-1)[: iters * batch_size].reshape(iters, batch_size)
 
 
-def _sample(task: Task, step: Array) -> tuple[Any, Any]:
-  """Batch and target of one iteration."""
-  data = task.batch, task.target
-  if task.rows is None:
-    return data
-  rows = task.rows[step]
-  return jax.tree.map(lambda x: jnp.take(x, rows, axis=0), data)
+class _Sample(NamedTuple):
+  """One iteration: its number, batch, target and weights of the loss."""
+
+  step: Array
+  batch: Any
+  target: Any
+  importance: Any
 
 
-def _iterate(
-  body: Callable[[Array, Progress], Progress],
-  progress: Progress,
-  first: Array,
-  stop: Array,
-  loop: bool,
-) -> Progress:
-  """`body` for first .. stop - 1; without `loop`, only for `first`."""
-  if not loop:
-    return body(first, progress)
-  return jax.lax.fori_loop(first, stop, body, progress)
+# Of one phase: what is learned, a sample -> (loss, reconstruction loss).
+_Loss = Callable[[Any, _Sample], tuple[Array, Array]]
+# What is learned, updates of Adam, step -> what is learned then.
+_Update = Callable[[Any, Any, Array], Any]
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=('call', 'p', 'loop'),
-  donate_argnames='progress',
-)
-def rounding_steps(
-  call: Call,
-  p: float,
-  loop: bool,
-  progress: Progress,
-  first: Array,
-  stop: Array,
-  task: Task,
-  weight_grids: Grids,
-) -> Progress:
-  """Iterations of AdaRound.
-
-  Args:
-    call: the unit.
-    p: norm of the loss.
-    loop: False runs the iteration `first` alone.
-    progress: α by layer.
-    first: int32[].
-    stop: int32[], end of the iterations.
-    task: what to learn from.
-    weight_grids: grids of the kernels that learn.
-
-  Returns:
-    The new progress; the loss is the reconstruction loss alone.
-  """
+def _rounding(call: Call, p: float, task: Task) -> tuple[_Loss, _Update]:
+  """AdaRound: α by layer is learned; with QDrop if there are grids."""
   s = task.knobs
-  adam = optax.scale_by_adam()
+  order = {path: i for i, path in enumerate(task.grids)}
   kernels = {
     path: transform.get_kernel(task.variables['params'], path)
-    for path in weight_grids
+    for path in task.initial
   }
 
-  def loss_fn(alphas, step):
-    batch, target = _sample(task, step)
+  def loss_fn(alphas, sample):
     soft = {
       path: adaround.soft_kernel(
-        kernels[path], alphas[path], weight_grids[path], s.zeta, s.gamma
+        kernels[path], alphas[path], q, s.zeta, s.gamma
       )
-      for path in weight_grids
+      for path, q in task.initial.items()
     }
-    drop_key = jax.random.fold_in(jax.random.fold_in(task.key, step), 1)
-    order = {path: i for i, path in enumerate(task.grids)}
+    drop_key = jax.random.fold_in(jax.random.fold_in(task.key, sample.step), 1)
 
     def change(path, x):
       key = jax.random.fold_in(drop_key, order[path])
@@ -260,115 +246,140 @@ def rounding_steps(
 
     with transform.intercept_inputs(change, task.grids):
       variables = transform.replace_kernels(task.variables, soft)
-      out = call(variables, batch, task.whole)
-    loss = _lp_loss(out, target, p)
-    beta, weight = adaround.beta_schedule(step + 1, task.iters, s)
+      out = call(variables, sample.batch, task.whole)
+    loss = jnp.mean(_lp_loss(out, sample.target, p, sample.importance))
+    beta, weight = adaround.beta_schedule(sample.step + 1, task.iters, s)
     extra = adaround.regularizer(alphas.values(), beta, s.zeta, s.gamma)
     return loss + weight * extra, loss
 
-  def body(step, progress):
-    alphas, state, total = progress
-    grads, loss = jax.grad(loss_fn, has_aux=True)(alphas, step)
-    updates, state = adam.update(grads, state)
-    alphas = jax.tree.map(lambda a, u: a - s.lr * u, alphas, updates)
-    return Progress(alphas, state, total + loss)
+  def update(alphas, updates, step):
+    del step
+    return jax.tree.map(lambda a, u: a - s.lr * u, alphas, updates)
 
-  return _iterate(body, progress, first, stop, loop)
+  return loss_fn, update
+
+
+def _step_sizes(call: Call, p: float, task: Task) -> tuple[_Loss, _Update]:
+  """Scales of layer inputs are learned; zero points do not move.
+
+  Scales stay above a thousandth of where they began.
+  """
+  s = task.knobs
+
+  def loss_fn(scales, sample):
+    grids = {
+      path: affine.QParams(scales[path], q.zero_point, q.bits)
+      for path, q in task.initial.items()
+    }
+    out = _quantized_call(
+      call, task.variables, task.grids | grids, sample.batch, task.whole
+    )
+    loss = jnp.mean(_lp_loss(out, sample.target, p, sample.importance))
+    return loss, loss
+
+  def update(scales, updates, step):
+    share = jnp.float32(step) / jnp.float32(task.iters)
+    lr = s.act_lr * 0.5 * (1 + jnp.cos(jnp.pi * share))
+    return {
+      path: jnp.maximum(
+        scale - lr * updates[path], 1e-3 * task.initial[path].scale
+      )
+      for path, scale in scales.items()
+    }
+
+  return loss_fn, update
+
+
+_PHASES = {'weight': _rounding, 'act': _step_sizes}
 
 
 @functools.partial(
   jax.jit,
-  static_argnames=('call', 'p', 'loop'),
+  static_argnames=('phase', 'call', 'p', 'count', 'sharding'),
   donate_argnames='progress',
 )
-def scale_steps(
+def steps(
+  phase: str,
   call: Call,
   p: float,
-  loop: bool,
+  count: int,
+  sharding: jax.sharding.Sharding,
   progress: Progress,
   first: Array,
-  stop: Array,
   task: Task,
-  initial: Grids,
 ) -> Progress:
-  """Iterations of step sizes; zero points do not move.
-
-  Scales stay above a thousandth of where they began.
+  """Some iterations of a phase.
 
   Args:
+    phase: 'weight' learns rounding, 'act' step sizes.
     call: the unit.
     p: norm of the loss.
-    loop: False runs the iteration `first` alone.
-    progress: scales by layer.
-    first: int32[].
-    stop: int32[], end of the iterations.
+    count: iterations.
+    sharding: of a batch.
+    progress: what is learned, by layer; used up.
+    first: int32[], number of the first iteration.
     task: what to learn from.
-    initial: searched grids of the layers that learn.
 
   Returns:
-    The new progress.
+    The new progress; the loss is the reconstruction loss alone.
   """
-  s = task.knobs
+  loss_fn, update = _PHASES[phase](call, p, task)
   adam = optax.scale_by_adam()
 
-  def loss_fn(scales, step):
-    batch, target = _sample(task, step)
-    grids = {
-      path: affine.QParams(scales[path], q.zero_point, q.bits)
-      for path, q in initial.items()
-    }
-    out = _quantized_call(
-      call, task.variables, task.grids | grids, batch, task.whole
+  def body(i, progress):
+    step = first + i
+    rows = task.rows[step]
+    sample = _Sample(
+      step,
+      take_rows(task.batch, task.first + rows, sharding),
+      take_rows(task.target, rows, sharding),
+      take_rows(task.importance, rows, sharding),
     )
-    return _lp_loss(out, target, p)
-
-  def body(step, progress):
-    scales, state, total = progress
-    loss, grads = jax.value_and_grad(loss_fn)(scales, step)
-    updates: Any
+    learned, state, total = progress
+    grads, loss = jax.grad(loss_fn, has_aux=True)(learned, sample)
     updates, state = adam.update(grads, state)
-    share = jnp.float32(step) / jnp.float32(task.iters)
-    lr = s.act_lr * 0.5 * (1 + jnp.cos(jnp.pi * share))
-    scales = {
-      path: jnp.maximum(scale - lr * updates[path], 1e-3 * initial[path].scale)
-      for path, scale in scales.items()
-    }
-    return Progress(scales, state, total + loss)
+    return Progress(update(learned, updates, step), state, total + loss)
 
-  return _iterate(body, progress, first, stop, loop)
+  # The number of iterations is static: a loop that asks for its end in each
+  # iteration waits for the host.
+  return (
+    jax.lax.fori_loop(0, count, body, progress)
+    if count > 1
+    else body(0, progress)
+  )
 
 
 def run_steps(
-  steps: Callable[[Progress, Any, Any], Progress],
+  run: Callable[[int, Progress, Any], Progress],
   progress: Progress,
   iters: int,
   loop: bool,
   reports: int,
   report: Callable[[int, float], None],
 ) -> dict[str, Array]:
-  """All iterations, in a few parts with a report after each.
+  """All iterations, in equal parts with a report after each.
 
   Args:
-    steps: `rounding_steps` or `scale_steps` of (progress, first, stop).
+    run: `steps` of (count, progress, first).
     progress: from `start`.
     iters: above 0.
-    loop: whether `steps` runs many iterations in one call. XLA's CPU backend
-      is some 40 times slower at gradients of convolutions within a loop. One
-      call each is as fast there as a loop over convolutions that are written
-      as matrix products, or up to 1.7 times faster.
-    reports: number of parts.
+    loop: whether a part is one call. XLA's CPU backend is some 40 times slower
+      at gradients of convolutions within a loop. One call per iteration is as
+      fast there as a loop over convolutions that are written as matrix
+      products, or up to 1.7 times faster.
+    reports: most parts. It is lowered to a divisor of `iters`: parts of
+      another length are programs of their own.
     report: called with iterations done and their mean loss since.
 
   Returns:
     What was learned, by layer.
   """
-  done = 0
-  parts = min(reports, iters)
-  for stop in [iters * (i + 1) // parts for i in range(parts)]:
-    ranges = [(done, stop)] if loop else [(i, i + 1) for i in range(done, stop)]
-    for a, b in ranges:
-      progress = steps(progress, np.int32(a), np.int32(b))
-    report(stop, float(progress.loss) / (stop - done))
+  parts = max(n for n in range(1, min(reports, iters) + 1) if iters % n == 0)
+  size = iters // parts
+  count = size if loop else 1
+  for done in range(0, iters, size):
+    for first in range(done, done + size, count):
+      progress = run(count, progress, np.int32(first))
+    report(done + size, float(progress.loss) / size)
     progress = progress._replace(loss=jnp.zeros_like(progress.loss))
-    done = stop
   return progress.learned

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from d2dpm_jax.quantization import transform
 from d2dpm_jax.quantization.policy import Policy
@@ -208,61 +209,146 @@ def list_units(
 
 
 class Streams:
-  """Moves the two streams between where they are kept and where units run.
+  """Keeps both streams and moves their rows to where units run.
+
+  Arrays of both streams are stacked: rows 0 .. N - 1 are those of full
+  precision, rows N .. 2 N - 1 those of the network quantized so far.
 
   Attributes:
-    samples: rows of one stream; both are stacked to twice as many.
+    samples: N.
     chunk: rows of one forward of a unit.
-    device: where units run.
-    home: where the streams are kept.
+    split: sharding of rows that are computed with, over local devices.
+    whole: sharding of everything else: a copy on each of them.
+    home: where the stacked arrays are kept.
+    beside_home: where arrays are that are combined with them.
   """
 
-  def __init__(self, samples: int, chunk: int, on_host: bool):
+  def __init__(
+    self,
+    samples: int,
+    chunk: int,
+    batch_sizes: Sequence[int],
+    on_host: bool = False,
+    devices: int | None = None,
+  ):
+    """Takes as many local devices as divide all the sizes.
+
+    Args:
+      samples: N.
+      chunk: most rows of one forward.
+      batch_sizes: rows of one iteration, of every phase.
+      on_host: keeps stacked arrays in host memory.
+      devices: most devices; None is all.
+    """
     self.samples = samples
     self.chunk = min(chunk, samples)
-    self.device = self.home = jax.local_devices()[0]
+    sizes = (2 * samples, self.chunk, *batch_sizes)
+    local = jax.local_devices()[:devices]
+    count = max(
+      n for n in range(1, len(local) + 1) if all(s % n == 0 for s in sizes)
+    )
+    mesh = Mesh(np.asarray(local[:count]), ('data',))
+    self.split = NamedSharding(mesh, PartitionSpec('data'))
+    self.whole = NamedSharding(mesh, PartitionSpec())
+    self.on_host = on_host
+    self.home: jax.sharding.Sharding = self.split
+    self.beside_home: jax.sharding.Sharding = self.whole
     if on_host:
-      self.home = jax.local_devices(backend='cpu')[0]
+      host = jax.local_devices(backend='cpu')[0]
+      self.home = self.beside_home = jax.sharding.SingleDeviceSharding(host)
+
+  @property
+  def num_devices(self) -> int:
+    return self.split.mesh.size
 
   @property
   def on_cpu(self) -> bool:
-    return self.device.platform == 'cpu'
+    return self.split.mesh.devices.flat[0].platform == 'cpu'
 
   def fetch(self, tree: Any) -> Any:
-    """To where units run. Also commits arrays: programs are cached by that."""
-    return jax.device_put(tree, self.device)
+    """A copy for every device. Commits arrays: programs are cached by that."""
+    return jax.device_put(tree, self.whole)
 
-  def store(self, tree: Any) -> Any:
-    """To where the streams are kept."""
-    return jax.device_put(tree, self.home)
+  def stack(self, x: Any) -> Array:
+    """The same rows for both streams, stacked, at home."""
+    return jax.device_put(np.concatenate([x, x]), self.home)
 
-  def split(self, batch: Sequence[Array]) -> tuple[list[Array], list[Array]]:
-    """Stacked arrays -> those of full precision, those quantized so far."""
-    n = self.samples
-    return [rows_of(x, 0, n) for x in batch], [rows_of(x, n, n) for x in batch]
+  def pick(self, batch: Any, rows: Any) -> Any:
+    """Rows of stacked arrays, split over the devices."""
+    if not self.on_host:
+      return take_rows(batch, rows, self.split)
+    return jax.device_put(take_rows(batch, rows, None), self.split)
 
-  def stack(self, first: Any, second: Any) -> Any:
-    """Both streams -> stacked arrays."""
-    return jax.tree.map(lambda *x: jnp.concatenate(x), first, second)
+  def to_learn_from(self, batch: Any, first: int) -> tuple[Any, int]:
+    """One stream's rows on the devices, and which row is its first there."""
+    if not self.on_host:
+      return batch, first
+    half = jax.tree.map(lambda x: x[first : first + self.samples], batch)
+    sizes = {x.shape[0] % self.num_devices for x in jax.tree.leaves(half)}
+    return jax.device_put(half, self.whole if any(sizes) else self.split), 0
 
-  def map(self, fn: Callable[[Any], Any], batch: Sequence[Array]) -> Any:
-    """`fn` over all rows in chunks of one size (the last may overlap)."""
-    total, size = batch[0].shape[0], self.chunk
-    if total == size:
-      return self.store(fn(self.fetch(batch)))
-    pieces, done = [], 0
-    while done < total:
-      start = min(done, total - size)
-      out = fn(self.fetch([rows_of(x, start, size) for x in batch]))
-      skip = done - start
-      if skip:
-        out = jax.tree.map(lambda x, k=skip: x[k:], out)
-      pieces.append(self.store(out))
-      done = start + size
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *pieces)
+  def chunks(
+    self, first: int, count: int, size: int | None = None
+  ) -> Iterator[tuple[np.ndarray, int]]:
+    """Row numbers of one chunk, and how many of its first ones are repeated.
+
+    All chunks have one size, so the last may begin before the end of the one
+    before it.
+    """
+    size = min(size or self.chunk, count)
+    for done in range(0, count, size):
+      start = min(done, count - size)
+      yield first + np.arange(start, start + size), done - start
+
+  def map(
+    self,
+    fn: Callable[[Any], Any],
+    batch: Sequence[Array],
+    first: int,
+    count: int,
+    out: Any = None,
+    chunk: int | None = None,
+  ) -> Any:
+    """Puts `fn` of some rows into the same rows of `out`, chunk by chunk.
+
+    Args:
+      fn: rows of arrays -> pytree of arrays with as many rows.
+      batch: stacked arrays.
+      first: number of the first row.
+      count: rows.
+      out: result of an earlier call, used up; None for new arrays.
+      chunk: rows at a time, if not the usual number.
+
+    Returns:
+      Stacked arrays with 2 N rows.
+    """
+    for rows, _ in self.chunks(first, count, chunk):
+      piece = jax.device_put(fn(self.pick(batch, rows)), self.home)
+      if out is None:
+        out = jax.tree.map(self._empty_like, piece)
+      out = _put_rows(out, piece, rows)
+    return out
+
+  def _empty_like(self, piece: Array) -> Array:
+    shape = (2 * self.samples, *piece.shape[1:])
+    return jnp.zeros(shape, piece.dtype, device=self.home)
 
 
-@functools.partial(jax.jit, static_argnames='size')
-def rows_of(x: Array, start: Array | int, size: int) -> Array:
-  """`x[start : start + size]`, one program for every `start`."""
-  return jax.lax.dynamic_slice_in_dim(x, start, size)
+@functools.partial(jax.jit, static_argnames='sharding')
+def take_rows(
+  batch: Any, rows: Array, sharding: jax.sharding.Sharding | None
+) -> Any:
+  """`x[rows]` of every array; with a sharding, laid out like that."""
+
+  def take(x):
+    x = jnp.take(x, rows, axis=0, mode='clip')
+    if sharding is None:
+      return x
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+  return jax.tree.map(take, batch)
+
+
+@functools.partial(jax.jit, donate_argnames='out')
+def _put_rows(out: Any, piece: Any, rows: Array) -> Any:
+  return jax.tree.map(lambda x, y: x.at[rows].set(y), out, piece)

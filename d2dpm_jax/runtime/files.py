@@ -6,8 +6,11 @@ import json
 import os
 import pathlib
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,15 @@ class Workdir:
   def unit_table(self) -> pathlib.Path:
     """Loss of every unit before and after its reconstruction."""
     return self.calibration / 'units.txt'
+
+  @property
+  def unit_plot(self) -> pathlib.Path:
+    return self.calibration / 'units.png'
+
+  @property
+  def unit_summary(self) -> pathlib.Path:
+    """Signal-to-noise ratio of the quantized network, and what went wrong."""
+    return self.calibration / 'units.json'
 
   @property
   def trajectories(self) -> pathlib.Path:
@@ -124,6 +136,33 @@ def _umask() -> int:
   value = os.umask(0)
   os.umask(value)
   return value
+
+
+_CHECK = b'crc32'  # Before the checksum, behind the array.
+
+
+def save_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
+  """Writes an .npy file with a checksum behind the array.
+
+  `np.load` reads it as any other and does not look at the checksum;
+  `is_intact` does.
+  """
+  array = np.ascontiguousarray(array)
+  with atomic_write(path) as file:
+    np.save(file, array)
+    file.write(_CHECK + zlib.crc32(array.data).to_bytes(4, 'big'))
+
+
+def is_intact(path: str | os.PathLike[str]) -> bool:
+  """Whether the array in a file is that which `save_array` put there."""
+  try:
+    array = np.load(path, mmap_mode='r', allow_pickle=False)
+    with open(path, 'rb') as file:
+      file.seek(-len(_CHECK) - 4, os.SEEK_END)
+      stored = file.read()
+  except (OSError, ValueError, EOFError):
+    return False
+  return stored == _CHECK + zlib.crc32(array.data).to_bytes(4, 'big')
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:

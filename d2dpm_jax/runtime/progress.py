@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import jax
 from tqdm import tqdm
 
 _LINE_EVERY_S = 10.0
@@ -73,11 +74,49 @@ def peak_memory() -> int:
   return peak if sys.platform == 'darwin' else 1024 * peak  # Linux: KiB.
 
 
-@contextmanager
-def timed(times: dict[str, float], name: str) -> Iterator[None]:
-  """Adds the wall time of its body, in seconds, to `times[name]`."""
-  start = time.perf_counter()
-  try:
-    yield
-  finally:
-    times[name] = times.get(name, 0.0) + time.perf_counter() - start
+class Times:
+  """Wall time of phases, and how much of it programs were being compiled."""
+
+  def __init__(self) -> None:
+    self.seconds: dict[str, float] = {}
+    self.compiling: dict[str, float] = {}
+
+  @contextmanager
+  def phase(self, name: str) -> Iterator[None]:
+    """Adds the seconds of its body."""
+    start, compiled = time.perf_counter(), compile_seconds()
+    try:
+      yield
+    finally:
+      gone = time.perf_counter() - start
+      self.seconds[name] = self.seconds.get(name, 0.0) + gone
+      gone = compile_seconds() - compiled
+      self.compiling[name] = self.compiling.get(name, 0.0) + gone
+
+  def lines(self) -> list[str]:
+    return [
+      f'{name:13} {seconds:8.1f} s, of which compiling '
+      f'{self.compiling[name]:.1f} s'
+      for name, seconds in self.seconds.items()
+    ]
+
+
+_COMPILING = (
+  '/jax/core/compile/jaxpr_trace_duration',
+  '/jax/core/compile/jaxpr_to_mlir_module_duration',
+  '/jax/core/compile/backend_compile_duration',
+)
+_compiled: list[float] = []
+
+
+def compile_seconds() -> float:
+  """Seconds that JAX has traced and compiled since the first call."""
+  if not _compiled:
+    _compiled.append(0.0)
+
+    def add(event: str, duration_secs: float, **_: str | int) -> None:
+      if event in _COMPILING:
+        _compiled[0] += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(add)
+  return _compiled[0]

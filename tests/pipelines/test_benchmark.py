@@ -6,7 +6,7 @@ import math
 import pytest
 
 from configs import imagenet, lsun_bedrooms, lsun_churches
-from d2dpm_jax.pipelines import benchmark, calibrate, cost, setup
+from d2dpm_jax.pipelines import benchmark, cost, layer_bits, setup
 from d2dpm_jax.runtime import files
 
 _SETTINGS = ('FP32', 'W8A8', 'W4A8')
@@ -105,7 +105,7 @@ def test_sizes_with_everything_that_stays_float():
 )
 def test_layers_of_lsun_in_the_papers_presets(config, quantized, kept):
   model = setup.outline(config.get_config('paper_w4a8'))
-  table, _ = calibrate.layer_policy(model)
+  table, _ = layer_bits.layer_policy(model)
   assert sum(bits is not None for bits in table.values()) == quantized
   assert sum(bits is None for bits in table.values()) == kept
 

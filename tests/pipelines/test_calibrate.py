@@ -17,7 +17,13 @@ from helpers import (
 
 from d2dpm_jax.denoising import gaussian
 from d2dpm_jax.diffusion import noise
-from d2dpm_jax.pipelines import artifacts, calibrate, generation, trajectories
+from d2dpm_jax.pipelines import (
+  artifacts,
+  calibrate,
+  generation,
+  quantize,
+  trajectories,
+)
 from d2dpm_jax.quantization import transform
 from d2dpm_jax.runtime import files, progress
 
@@ -186,7 +192,7 @@ def test_more_bits_are_nearer_to_full_precision(tiny, tmp_path):
   for bits in (8, 3):
     model.config.quant.update(weight_bits=bits, act_bits=8)
     paths = files.Workdir.at(tmp_path / f'bits{bits}')
-    qstate = jax.device_get(calibrate.quantize(model, spool, paths))
+    qstate = jax.device_get(quantize.quantize(model, spool, paths))
     eps = generation.eps_program(model.ldm, model.sampler, 2)(
       other._replace(qstate=qstate), held_out['x'], labels
     )

@@ -80,14 +80,22 @@ class FormulaTest(parameterized.TestCase):
 
   def test_loss_sums_over_channels_and_averages_over_the_rest(self):
     a, b = _kernel(5, (2, 3, 3, 4)), _kernel(6, (2, 3, 3, 4))
+    w = np.abs(_kernel(7, (2, 3, 3, 4)))
     for p in (2.0, 2.4):
-      want = np.sum(np.abs(np.float64(a) - np.float64(b)) ** p) / (2 * 3 * 3)
-      np.testing.assert_allclose(adaround.lp_loss(a, b, p), want, rtol=1e-5)
+      error = np.abs(np.float64(a) - np.float64(b)) ** p
+      np.testing.assert_allclose(
+        adaround.lp_loss(a, b, p), error.sum((1, 2, 3)) / 9, rtol=1e-5
+      )
+      np.testing.assert_allclose(
+        adaround.lp_loss(a, b, p, w), (w * error).sum((1, 2, 3)) / 9, rtol=1e-5
+      )
 
   @parameterized.parameters(
     (dict(iters=-1), 'iters=-1'),
     (dict(batch_size=0), 'batch_size=0'),
     (dict(drop_prob=1.0), 'drop_prob=1.0'),
+    (dict(devices=0), 'devices=0'),
+    (dict(loss='kl'), "loss='kl'"),
     (dict(weight_range='l1'), "'l1'"),
     (dict(gamma=0.1), 'gamma=0.1'),
   )

@@ -12,10 +12,12 @@ from absl.testing import absltest
 from d2dpm_jax.quantization import (
   adaround,
   affine,
+  importance,
   learning,
   policy,
   reconstruction,
   transform,
+  units,
 )
 
 
@@ -51,7 +53,12 @@ RULES = (
   ('.*', dict(w=3, a=4)),
 )
 QUICK = adaround.Settings(
-  iters=400, act_iters=30, batch_size=16, act_batch_size=16, lr=1.5e-2
+  iters=400,
+  act_iters=30,
+  batch_size=16,
+  act_batch_size=16,
+  lr=1.5e-2,
+  devices=1,
 )
 
 
@@ -83,7 +90,7 @@ def _run(settings=QUICK, seed=0, table=None, **kwargs):
     key=jax.random.key(seed),
     settings=settings,
     **kwargs,
-  )
+  )[:2]
 
 
 @functools.cache
@@ -114,7 +121,7 @@ def _run_mlp(settings):
     'a': {'kernel': draw(12, 9), 'bias': draw(9)},
     'b': {'kernel': draw(9, 7), 'bias': draw(7)},
   }
-  state, _ = reconstruction.reconstruct(
+  state, *_ = reconstruction.reconstruct(
     MLP().apply,
     {'params': params},
     {'a': policy.LayerBits(3, 3), 'b': policy.LayerBits(3, 3)},
@@ -144,14 +151,14 @@ UNITS = ['time', 'first', 'block_0', 'block_1', 'mix', 'tail', 'last']
 class ReconstructionTest(absltest.TestCase):
   def test_units_in_order(self):
     net, variables, table, inputs = _problem()
-    units = reconstruction.list_units(net.apply, variables, table, inputs)
-    self.assertEqual([u.path for u in units], UNITS)
-    self.assertEqual(units[2].kind, 'ResBlock')
+    found = reconstruction.list_units(net.apply, variables, table, inputs)
+    self.assertEqual([u.path for u in found], UNITS)
+    self.assertEqual(found[2].kind, 'ResBlock')
     self.assertEqual(
-      units[2].layers, ('block_0/conv1', 'block_0/emb', 'block_0/conv2')
+      found[2].layers, ('block_0/conv1', 'block_0/emb', 'block_0/conv2')
     )
     self.assertEqual(
-      [u.learned for u in units], [False, False, True, True, True, True, False]
+      [u.learned for u in found], [False, False, True, True, True, True, False]
     )
     alone = reconstruction.list_units(
       net.apply, variables, table, inputs, block_types=()
@@ -225,11 +232,11 @@ class ReconstructionTest(absltest.TestCase):
     floating = {p: {**s, 'act': None} for p, s in own.items()}
     by_name = {(r.phase, r.unit.path): r for r in reports}
     for phase, layers, p in (('weight', floating, 2.0), ('act', own, 2.4)):
-      loss = adaround.lp_loss(run(params, layers, *args), want, p)
+      loss = jnp.mean(adaround.lp_loss(run(params, layers, *args), want, p))
       np.testing.assert_allclose(
         by_name[phase, 'block_1'].loss_after, loss, rtol=1e-4
       )
-    signal = adaround.lp_loss(want, jnp.zeros_like(want), 2.0)
+    signal = jnp.mean(adaround.lp_loss(want, jnp.zeros_like(want), 2.0))
     np.testing.assert_allclose(
       by_name['weight', 'block_1'].signal, signal, rtol=1e-5
     )
@@ -243,7 +250,7 @@ class ReconstructionTest(absltest.TestCase):
     got = transform.quantize(net.apply)(variables, floating, *inputs)
     last = {(r.phase, r.unit.path): r for r in reports}['weight', 'last']
     np.testing.assert_allclose(
-      last.loss_after, adaround.lp_loss(got, want, 2.0), rtol=1e-3
+      last.loss_after, jnp.mean(adaround.lp_loss(got, want, 2.0)), rtol=1e-3
     )
 
   def test_a_layer_that_is_used_twice_is_one_unit(self):
@@ -268,7 +275,7 @@ class ReconstructionTest(absltest.TestCase):
       'layers_0/layer': policy.LayerBits(3, 4),
       'layers_1': policy.LayerBits(8, 8, reconstruct=False),
     }
-    state, reports = reconstruction.reconstruct(
+    state, reports, _ = reconstruction.reconstruct(
       outer.apply,
       variables,
       table,
@@ -279,7 +286,7 @@ class ReconstructionTest(absltest.TestCase):
     self.assertLen(reports, 4)
     floating = {path: {**s, 'act': None} for path, s in state.items()}
     got = transform.quantize(outer.apply)(variables, floating, x)
-    loss = adaround.lp_loss(got, outer.apply(variables, x), 2.0)
+    loss = jnp.mean(adaround.lp_loss(got, outer.apply(variables, x), 2.0))
     np.testing.assert_allclose(reports[1].loss_after, loss, rtol=1e-4)
 
   def test_progress_and_reports(self):
@@ -293,7 +300,7 @@ class ReconstructionTest(absltest.TestCase):
     self.assertEqual({p[3] for p in block}, {400})
     self.assertLess(block[-1][4], block[0][4])
     self.assertEqual({p[0] for p in progress}, set(UNITS[2:6]))
-    text = reconstruction.format_reports(reports)
+    text = reconstruction.format_reports(reports, {'act': 12.3})
     self.assertLen(text.splitlines(), 2 + len(want) + 1)  # Summary last.
     self.assertRegex(text, r'weight +time +Dense +1 .*not learned')
     self.assertRegex(text, r'act +block_0 +ResBlock +3 ')
@@ -393,6 +400,131 @@ class ReconstructionTest(absltest.TestCase):
         layer['act'].scale, want[path]['act'].scale, rtol=0.05
       )
 
+  def test_several_devices_give_the_same_result(self):
+    one = dataclasses.replace(QUICK, iters=60, chunk=24)
+    want, want_reports = _run(one)
+    # 16 samples a batch, chunks of 24, 2 * 40 in all: eight devices fit.
+    got, reports = _run(dataclasses.replace(one, devices=8))
+    for path, layer in got.items():
+      a, b = layer['weight'], want[path]['weight']
+      np.testing.assert_array_equal(a.codes, b.codes, path)
+      np.testing.assert_allclose(a.scale, b.scale, rtol=1e-5)
+      a, b = layer['act'], want[path]['act']
+      np.testing.assert_allclose(a.scale, b.scale, rtol=1e-5)
+    for a, b in zip(reports, want_reports, strict=True):
+      np.testing.assert_allclose(
+        a.loss_after, b.loss_after, rtol=1e-5, atol=1e-5 * b.signal
+      )
+
+  def test_devices_that_do_not_divide_the_sizes_are_left_out(self):
+    counts = {
+      (40, 20, (16, 8)): 4,
+      (40, 24, (16, 16)): 8,
+      (1021, 128, (8, 16)): 2,
+      (9, 128, (9, 9)): 3,
+      (3, 128, (1, 3)): 1,
+    }
+    for (samples, chunk, sizes), want in counts.items():
+      streams = units.Streams(samples, chunk, sizes)
+      self.assertEqual(streams.num_devices, want, (samples, chunk, sizes))
+    self.assertEqual(units.Streams(40, 24, (16, 16), devices=2).num_devices, 2)
+
+  def test_fisher_weights_are_squared_gradients_of_the_output_error(self):
+    net, variables, table, inputs = _problem()
+    quantized = transform.dequantize_variables(
+      variables,
+      transform.init_state(
+        variables,
+        {p: b if 'block_0' in p else None for p, b in table.items()},
+      ),
+    )
+    got = importance.squared_gradients(
+      net.apply,
+      table,
+      reconstruction.BLOCK_TYPES,
+      'block_0',
+      variables,
+      quantized,
+      inputs,
+    )
+    want = net.apply(variables, *inputs)
+    seen = {}
+
+    def error(shift):
+      def change(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if transform.path_of(context.module) != 'block_0':
+          return out
+        seen['out'] = jax.lax.stop_gradient(out)
+        return out + shift
+
+      with nn.intercept_methods(change):
+        return jnp.sum((net.apply(quantized, *inputs) - want) ** 2)
+
+    zero = jnp.zeros([SAMPLES, 6, 6, 8])
+    gradient = jax.grad(error)(zero)
+    self.assertGreater(float(jnp.max(jnp.abs(gradient))), 1e-3)
+    np.testing.assert_allclose(
+      got[6, 6, 8], jnp.square(gradient), rtol=1e-3, atol=1e-7
+    )
+
+  def test_fisher_loss_is_weighted_by_them(self):
+    net, variables, table, inputs = _problem()
+    _, reports = _run(
+      dataclasses.replace(
+        QUICK, iters=0, act_iters=0, loss='fisher_diag', asymmetric=False
+      )
+    )
+    # With symmetric inputs: block_0 alone is quantized, as for its gradient.
+    quantized = transform.dequantize_variables(
+      variables,
+      transform.init_state(
+        variables,
+        {p: b if 'block_0' in p else None for p, b in table.items()},
+      ),
+    )
+    outputs = []
+    for v in (variables, quantized):
+      _, seen = net.apply(
+        v,
+        *inputs,
+        capture_intermediates=lambda module, _: module.name == 'block_0',
+      )
+      outputs.append(seen['intermediates']['block_0']['__call__'][0])
+    squares = importance.squared_gradients(
+      net.apply,
+      table,
+      reconstruction.BLOCK_TYPES,
+      'block_0',
+      variables,
+      quantized,
+      inputs,
+    )[6, 6, 8]
+    error = np.square(np.float64(outputs[1]) - outputs[0])
+    want = np.mean(np.sum(error * squares, -1)) / np.mean(squares)
+    by_name = {r.name: r for r in reports}
+    np.testing.assert_allclose(
+      by_name['weight/block_0'].loss_before, want, rtol=1e-4
+    )
+
+  def test_snr_is_that_of_the_whole_network(self):
+    net, variables, table, inputs = _problem()
+    state, _, snr_db = reconstruction.reconstruct(
+      net.apply,
+      variables,
+      table,
+      inputs,
+      key=jax.random.key(0),
+      settings=dataclasses.replace(QUICK, iters=0, act_iters=0),
+    )
+    want = np.float64(net.apply(variables, *inputs))
+    floating = {p: {**s, 'act': None} for p, s in state.items()}
+    got = transform.quantize(net.apply)(variables, floating, *inputs)
+    noise = np.square(np.float64(got) - want).sum()
+    want_db = 10 * np.log10(np.square(want).sum() / noise)
+    np.testing.assert_allclose(snr_db['weight'], want_db, atol=1e-3)
+    self.assertLess(snr_db['act'], snr_db['weight'])
+
   def test_compiled_loop_equals_single_steps(self):
     rng = np.random.default_rng(1)
     dense = nn.Dense(5)
@@ -405,7 +537,7 @@ class ReconstructionTest(absltest.TestCase):
     }
     results = []
     for loop in (False, True):
-      state, _ = reconstruction.reconstruct(
+      state, *_ = reconstruction.reconstruct(
         dense.apply,
         variables,
         {'': policy.LayerBits(2, 3)},
@@ -446,11 +578,13 @@ class ReconstructionTest(absltest.TestCase):
     _assert_equal(
       [state[p]['act'] for p in paths], [searched[p]['act'] for p in paths]
     )
-    self.assertIn('kept initial', reconstruction.format_reports(reports))
+    self.assertIn(
+      'kept initial', reconstruction.format_reports(reports, {'act': 12.3})
+    )
 
   def test_constant_inputs_are_survived(self):
     net, variables, table, (x, t) = _problem()
-    state, _ = reconstruction.reconstruct(
+    state, *_ = reconstruction.reconstruct(
       net.apply,
       variables,
       table,
@@ -472,12 +606,10 @@ class ReconstructionTest(absltest.TestCase):
 
   def test_equal_units_share_programs(self):
     # Not an equality of counts only: a program per unit would take minutes.
-    learning.rounding_steps.clear_cache()
-    learning.scale_steps.clear_cache()
+    learning.steps.clear_cache()
     _run(dataclasses.replace(QUICK, iters=3, act_iters=3))
-    # ResBlock twice, mix, tail: three forms of unit that learn.
-    self.assertEqual(learning.rounding_steps._cache_size(), 3)
-    self.assertEqual(learning.scale_steps._cache_size(), 3)
+    # ResBlock twice, mix, tail: three forms of unit that learn, two phases.
+    self.assertEqual(learning.steps._cache_size(), 6)
 
 
 if __name__ == '__main__':

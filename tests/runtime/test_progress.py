@@ -2,6 +2,8 @@
 
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from d2dpm_jax.runtime import progress
@@ -28,14 +30,25 @@ def test_closed_after_an_error(monkeypatch):
 def test_times_add_up_also_after_an_error(monkeypatch):
   clock = iter([1.0, 3.5, 10.0, 14.0])
   monkeypatch.setattr(time, 'perf_counter', lambda: next(clock))
-  times = {}
-  with progress.timed(times, 'a'):
+  times = progress.Times()
+  with times.phase('a'):
     pass
-  assert times == {'a': 2.5}
+  assert times.seconds == {'a': 2.5}
   with pytest.raises(RuntimeError):
-    with progress.timed(times, 'a'):
+    with times.phase('a'):
       raise RuntimeError
-  assert times == {'a': 6.5}
+  assert times.seconds == {'a': 6.5}
+
+
+def test_compiling_is_told_apart():
+  times = progress.Times()
+  with times.phase('compiles'):
+    jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x) + 3)(jnp.ones([7, 7]))
+  with times.phase('sleeps'):
+    time.sleep(0.05)
+  assert 0 < times.compiling['compiles'] <= times.seconds['compiles']
+  assert times.compiling['sleeps'] == 0
+  assert 'sleeps' in times.lines()[1] and 'compiling 0.0 s' in times.lines()[1]
 
 
 def test_peak_memory_is_in_bytes():

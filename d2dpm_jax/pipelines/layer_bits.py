@@ -1,0 +1,43 @@
+"""Layers of the U-Net, and what `config.quant` makes of them."""
+
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from d2dpm_jax.pipelines import setup
+from d2dpm_jax.quantization import policy, transform
+
+
+def layer_policy(
+  model: setup.Model,
+) -> tuple[policy.Policy, tuple[transform.Layer, ...]]:
+  """Bits of every layer of the U-Net, see `config.quant`, and the layers."""
+  layers = list_layers(model)
+  return policy.build_policy(layers, policy_rules(model.config.quant)), layers
+
+
+def policy_rules(quant: ml_collections.ConfigDict) -> list[policy.Rule]:
+  """Rules that `config.quant` describes; an empty regex is none."""
+  edge = dict(w=quant.edge_bits, a=quant.edge_bits, reconstruct=False)
+  rules: list[policy.Rule] = [
+    (quant.edge_layers, edge),
+    (quant.float_layers, None),
+    ('.*', dict(w=quant.weight_bits, a=quant.act_bits)),
+  ]
+  return [rule for rule in rules if rule[0]]
+
+
+def list_layers(model: setup.Model) -> tuple[transform.Layer, ...]:
+  """Layers of the U-Net for one image; the model may be an outline."""
+  return transform.list_layers(model.ldm.unet.apply, *example_arguments(model))
+
+
+def example_arguments(model: setup.Model) -> tuple[Any, ...]:
+  """Variables and inputs of the U-Net for one image."""
+  context = None
+  if model.ldm.cond_stage is not None:
+    context = np.zeros([1, 1, model.ldm.cond_stage.embed_dim], np.float32)
+  x = np.zeros([1, *model.ldm.latent_shape], np.float32)
+  variables = {'params': model.params['unet']}
+  return variables, x, np.zeros([1], np.int32), context
