@@ -135,8 +135,9 @@ def sample(
   Args:
     model: quantized, or full precision (then nothing is corrected).
     labels: class of each image; None is one of each class.
-    correction: 'none', 's-d2', 'd-d2', 'ptqd', 'mean-only', 'variance-only'.
-    channel_wise: error statistics per latent channel.
+    correction: 'none', 's-d2', 'd-d2', 'ptqd', 'mean-only', 'variance-only',
+      'auto'.
+    channel_wise: error statistics per latent channel; 'auto' knows by itself.
     seed: with the image's number it decides the noise.
     first_index: number of the first image; the others follow.
     batch_size: images per call; has no effect on the images.

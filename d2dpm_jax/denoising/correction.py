@@ -18,6 +18,9 @@ mu = gain * eps_q + bias and v:
     ptqd           (eps_q - bias_c) / (1 + k); absorbs the residual's variance
     mean-only      d-d2 without absorption
     variance-only  d-d2 without its mean: eps_q; absorbs v
+    auto           d-d2 with the gain and bias that did best on held-out images
+                   (`selection.HeldOut`), none of them where none did well;
+                   absorbs the variance that was left there
 
 Letters: `B` batch, `H W` space, `C` channels, `S` sampling steps; `G` is C, or
 1 for what all channels share.
@@ -29,7 +32,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from d2dpm_jax.denoising import gaussian
+from d2dpm_jax.denoising import gaussian, selection
 
 Residual = jax.Array | float
 
@@ -113,6 +116,14 @@ def variance_only(
   return eps_q, row.residual_variance
 
 
+def auto(
+  eps_q: jax.Array, row: CorrectionRow, noise: jax.Array | None
+) -> tuple[jax.Array, Residual]:
+  """Subtracts what was predicted best on held-out images, step by step."""
+  del noise
+  return row.scale * eps_q - row.shift, row.residual_variance
+
+
 CORRECTIONS: dict[str, Callable[..., tuple[jax.Array, Residual]]] = {
   'none': none,
   's-d2': s_d2,
@@ -120,6 +131,7 @@ CORRECTIONS: dict[str, Callable[..., tuple[jax.Array, Residual]]] = {
   'ptqd': ptqd,
   'mean-only': mean_only,
   'variance-only': variance_only,
+  'auto': auto,
 }
 
 # Those that need noise of their own, from noise.Stream.ERROR.
@@ -151,8 +163,28 @@ def _ptqd_table(
   return 1 / (1 + k), bias / (1 + k), variance / (1 + k) ** 2
 
 
+def _auto_table(
+  held: selection.HeldOut,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Scale, shift and residual variance of the choices; float64[S, C]."""
+  chosen = held.choice()[:, None, None]
+  gain, bias, variance = (
+    np.take_along_axis(x, chosen, 1)[:, 0]
+    for x in (held.gain, held.bias, held.left_variance)
+  )
+  return 1 - gain, bias, variance
+
+
+def check(kind: str, absorb: bool = False) -> None:
+  """Raises ValueError for an unknown kind, or an option it does not have."""
+  if kind not in CORRECTIONS:
+    raise ValueError(f'Correction {kind!r}: expected one of {[*CORRECTIONS]}.')
+  if absorb and kind != 's-d2':
+    raise ValueError(f'absorb is an option of s-d2, not of {kind}.')
+
+
 def correction_rows(
-  error_model: gaussian.ErrorModel | None,
+  error_model: gaussian.ErrorModel | selection.HeldOut | None,
   kind: str,
   timesteps: Sequence[int] | np.ndarray,
   absorb: bool = False,
@@ -160,7 +192,7 @@ def correction_rows(
   """Makes the table of a correction, computed in float64.
 
   Args:
-    error_model: may be None for the kind 'none'.
+    error_model: may be None for the kind 'none'; HeldOut for 'auto'.
     kind: a key of CORRECTIONS.
     timesteps: int[S] in sampling order, as in `Rows.t`.
     absorb: for 's-d2': take 2 v out of the sampler's noise. This is commented
@@ -171,27 +203,31 @@ def correction_rows(
 
   Raises:
     ValueError: the kind is unknown, `absorb` is set for another kind than
-      's-d2', there is no error model, or a timestep has no statistics.
+      's-d2', there is no error model or not the right one, or a timestep has
+      no statistics.
   """
-  if kind not in CORRECTIONS:
-    raise ValueError(f'Correction {kind!r}: expected one of {[*CORRECTIONS]}.')
-  if absorb and kind != 's-d2':
-    raise ValueError(f'absorb is an option of s-d2, not of {kind}.')
+  check(kind, absorb)
   if kind == 'none':
     return None
   if error_model is None:
     raise ValueError(f'Correction {kind!r} needs an error model.')
+  if isinstance(error_model, selection.HeldOut) != (kind == 'auto'):
+    raise ValueError(f'Correction {kind!r} cannot use the {error_model.NAME}.')
   where = error_model.rows_of(timesteps)
 
   def table(x):
     x = x[where].reshape(len(where), 1, 1, -1)
     return x.astype(np.float32)
 
-  if kind == 'ptqd':
-    scale, shift, variance = _ptqd_table(error_model)
+  def affine(scale, shift, variance):
     return CorrectionRow(
       table(scale), table(shift), residual_variance=table(variance)
     )
+
+  if isinstance(error_model, selection.HeldOut):
+    return affine(*_auto_table(error_model))
+  if kind == 'ptqd':
+    return affine(*_ptqd_table(error_model))
   gain, bias, variance = error_model.conditional()
   row = CorrectionRow(table(1 - gain), table(bias))
   if kind == 's-d2':

@@ -12,17 +12,13 @@ C for a channel-wise model and absent for a tensor-wise one.
 
 import dataclasses
 import functools
-import hashlib
-import json
-import os
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-FORMAT = 'd2dpm_jax.error_model'
-VERSION = 1
+from d2dpm_jax.denoising.table import Table
+
 RHO_MAX = 0.9999  # Bound of |rho|, as in TaylorJocelyn/D2-DPM.
 
 # Called once per pass: yields (eps_q, eps), each float[N, H, W, C].
@@ -106,8 +102,12 @@ def _pool(m: Moments) -> Moments:
   return Moments(*map(np.asarray, pooled))
 
 
-def _elements(pairs: Pairs) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-  """Chunks as (eps_q, d), float64[n, C] each, checked."""
+def elements(pairs: Pairs) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+  """Chunks as (eps_q, d), float64[N, H * W, C] each, checked.
+
+  Raises:
+    ValueError: shapes differ, or a value is not finite.
+  """
   channels = None
   for eps_q, eps in pairs():
     q, e = np.asarray(eps_q, np.float64), np.asarray(eps, np.float64)
@@ -120,7 +120,8 @@ def _elements(pairs: Pairs) -> Iterable[tuple[np.ndarray, np.ndarray]]:
     channels = q.shape[-1]
     if not (np.isfinite(q).all() and np.isfinite(e).all()):
       raise ValueError('eps_q or eps holds values that are not finite.')
-    yield q.reshape(-1, channels), (q - e).reshape(-1, channels)
+    shape = (len(q), q.shape[1] * q.shape[2], channels)
+    yield q.reshape(shape), (q - e).reshape(shape)
 
 
 def _accumulate(
@@ -128,7 +129,8 @@ def _accumulate(
 ) -> tuple[Moments, int]:
   """Moments per channel of what is kept, and how much there was in all."""
   total, seen = None, 0
-  for q, d in _elements(pairs):
+  for q, d in elements(pairs):
+    q, d = q.reshape(-1, q.shape[-1]), d.reshape(-1, d.shape[-1])
     part = _moments(q, d, is_kept(d))
     total = part if total is None else merge(total, part)
     seen += d.size
@@ -190,22 +192,30 @@ def fit_timestep(
   )
 
 
-_ARRAYS = ('timesteps', *Fit._fields)  # Of an ErrorModel and its file.
-
-
-def _canonical(settings: Mapping[str, Any]) -> str:
-  return json.dumps(
-    settings, sort_keys=True, separators=(',', ':'), allow_nan=False
+def _rho(stats: 'Fit | ErrorModel') -> np.ndarray:
+  """Correlation of eps_q and d, 0 where one of them is constant."""
+  scale = np.sqrt(stats.var_q * stats.var_d)
+  return np.divide(
+    stats.cov, scale, out=np.zeros_like(stats.cov), where=scale > 0
   )
 
 
-def settings_hash(settings: Mapping[str, Any]) -> str:
-  """SHA-256 of `settings` as canonical JSON, in hexadecimal."""
-  return hashlib.sha256(_canonical(settings).encode()).hexdigest()
+def conditional(stats: 'Fit | ErrorModel') -> Conditional:
+  """Mean and variance of d given eps_q, |rho| at most RHO_MAX.
+
+  Source: arXiv:2501.08180, the conditional of a bivariate Gaussian.
+  """
+  rho = np.clip(_rho(stats), -RHO_MAX, RHO_MAX)
+  ratio = np.divide(
+    stats.var_d, stats.var_q, out=np.zeros_like(rho), where=stats.var_q > 0
+  )
+  gain = rho * np.sqrt(ratio)
+  bias = stats.mean_d - gain * stats.mean_q
+  return Conditional(gain, bias, stats.var_d * (1 - rho**2))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ErrorModel:
+class ErrorModel(Table):
   """Statistics of all timesteps.
 
   Attributes:
@@ -222,6 +232,11 @@ class ErrorModel:
     settings: what the model depends on (bits, step count, ...), JSON values.
   """
 
+  NAME: ClassVar[str] = 'error model'
+  FORMAT: ClassVar[str] = 'd2dpm_jax.error_model'
+  VERSION: ClassVar[int] = 1
+  INTEGERS: ClassVar[tuple[str, ...]] = ('timesteps', 'count')
+
   timesteps: np.ndarray
   mean_q: np.ndarray
   mean_d: np.ndarray
@@ -235,21 +250,7 @@ class ErrorModel:
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    integers = ('timesteps', 'count')
-    for name in _ARRAYS:
-      dtype = np.int64 if name in integers else np.float64
-      array = np.array(getattr(self, name), dtype)
-      if not np.isfinite(array).all():
-        raise ValueError(f'{name} holds values that are not finite.')
-      array.setflags(write=False)
-      object.__setattr__(self, name, array)
-    # A round trip, so that tuples equal the lists that a file gives back.
-    settings = json.loads(_canonical(dict(self.settings)))
-    object.__setattr__(self, 'settings', settings)
-    if self.timesteps.ndim != 1 or not self.timesteps.size:
-      raise ValueError(f'timesteps has shape {self.timesteps.shape}.')
-    if len(np.unique(self.timesteps)) < len(self.timesteps):
-      raise ValueError(f'Timesteps repeat: {self.timesteps.tolist()}.')
+    self._freeze()
     steps = len(self.timesteps)
     per_channel = self.channel_mean_q.shape
     if len(per_channel) != 2 or per_channel[0] != steps:
@@ -257,12 +258,10 @@ class ErrorModel:
     group = self.mean_q.shape
     if group not in ((steps,), per_channel):
       raise ValueError(f'mean_q {group}: expected {(steps,)} or {per_channel}.')
-    for name in _ARRAYS[1:]:
-      want = per_channel if name.startswith('channel') else group
-      if getattr(self, name).shape != want:
-        raise ValueError(
-          f'{name} has shape {getattr(self, name).shape}: expected {want}.'
-        )
+    for name in Fit._fields:
+      self._check_shape(
+        name, per_channel if name.startswith('channel') else group
+      )
     for name in ('var_q', 'var_d'):
       if (getattr(self, name) < 0).any():
         raise ValueError(f'{name} is negative.')
@@ -282,10 +281,7 @@ class ErrorModel:
   @property
   def rho(self) -> np.ndarray:
     """Correlation of eps_q and d, 0 where one of them is constant."""
-    scale = np.sqrt(self.var_q * self.var_d)
-    return np.divide(
-      self.cov, scale, out=np.zeros_like(self.cov), where=scale > 0
-    )
+    return _rho(self)
 
   @property
   def mean_eps(self) -> np.ndarray:
@@ -303,126 +299,8 @@ class ErrorModel:
     return self.cov - self.var_d
 
   def conditional(self) -> Conditional:
-    """Mean and variance of d given eps_q, |rho| at most RHO_MAX.
-
-    Source: arXiv:2501.08180, the conditional of a bivariate Gaussian.
-    """
-    rho = np.clip(self.rho, -RHO_MAX, RHO_MAX)
-    ratio = np.divide(
-      self.var_d, self.var_q, out=np.zeros_like(rho), where=self.var_q > 0
-    )
-    gain = rho * np.sqrt(ratio)
-    bias = self.mean_d - gain * self.mean_q
-    return Conditional(gain, bias, self.var_d * (1 - rho**2))
-
-  def rows_of(self, timesteps: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Where the statistics of `timesteps` are, int64 of the same length.
-
-    Raises:
-      ValueError: some have none; the message names them.
-    """
-    where = {int(t): i for i, t in enumerate(self.timesteps)}
-    wanted = [int(t) for t in np.asarray(timesteps)]
-    missing = sorted(set(wanted) - set(where))
-    if missing:
-      raise ValueError(
-        f'The error model has no statistics of timesteps {missing}; it has '
-        f'those of {sorted(where)}.'
-      )
-    return np.array([where[t] for t in wanted], np.int64)
-
-  def check(self, expected: Mapping[str, Any]) -> None:
-    """Refuses to be used for something else than it was made for.
-
-    Args:
-      expected: settings that must be there and equal; others are ignored.
-
-    Raises:
-      ValueError: names each setting that differs, with both values.
-    """
-    differences = []
-    for key, value in json.loads(_canonical(dict(expected))).items():
-      if key not in self.settings:
-        differences.append(f'{key}: nothing, not {value!r}')
-      elif self.settings[key] != value:
-        differences.append(f'{key}: {self.settings[key]!r}, not {value!r}')
-    if differences:
-      raise ValueError(
-        f'The error model was made for {"; ".join(differences)}.'
-      )
-
-  def save(self, path: str | os.PathLike) -> None:
-    """Writes one .npz: aside first, then renamed into place."""
-    path = os.path.abspath(path)
-    header = dict(
-      format=FORMAT,
-      version=VERSION,
-      settings=self.settings,
-      settings_hash=settings_hash(self.settings),
-    )
-    arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    aside = f'{path}.{os.getpid()}.part'
-    try:
-      with open(aside, 'wb') as f:
-        np.savez(f, header=np.array(_canonical(header)), **arrays)
-        f.flush()
-        os.fsync(f.fileno())
-      os.replace(aside, path)
-    finally:
-      if os.path.exists(aside):
-        os.unlink(aside)
-
-  @classmethod
-  def load(
-    cls, path: str | os.PathLike, expected: Mapping[str, Any] | None = None
-  ) -> 'ErrorModel':
-    """Reads what `save` wrote; executes nothing.
-
-    Args:
-      path: of the .npz.
-      expected: settings to `check`.
-
-    Raises:
-      FileNotFoundError: there is no file.
-      ValueError: it is damaged, of another format or version, or made for
-        other settings than `expected`.
-    """
-    path = os.fspath(path)
-    try:
-      with open(path, 'rb') as f, zipfile.ZipFile(f):  # Only an .npz is a zip.
-        f.seek(0)
-        with np.load(f, allow_pickle=False) as arrays:
-          content = {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError:
-      raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-      raise ValueError(f'{path} is not a readable error model: {e}') from e
-    try:
-      header = json.loads(str(content.pop('header')))
-      kind, version = header['format'], header['version']
-    except (KeyError, TypeError, ValueError) as e:
-      raise ValueError(f'{path} has no header of an error model.') from e
-    if (kind, version) != (FORMAT, VERSION):
-      raise ValueError(
-        f'{path} is {kind!r} version {version!r}: expected {FORMAT!r} version '
-        f'{VERSION}. Fit the error model again.'
-      )
-    if sorted(content) != sorted(_ARRAYS):
-      raise ValueError(
-        f'{path} holds {sorted(content)}: expected {sorted(_ARRAYS)}.'
-      )
-    settings = header.get('settings')
-    if not isinstance(settings, dict) or (
-      settings_hash(settings) != header.get('settings_hash')
-    ):
-      raise ValueError(f'{path}: settings do not match their hash.')
-    try:
-      model = cls(**content, settings=settings)
-      model.check(expected or {})
-    except ValueError as e:
-      raise ValueError(f'{path}: {e}') from e
-    return model
+    """See the function of this name."""
+    return conditional(self)
 
 
 def stack(
@@ -477,46 +355,3 @@ def fit(
     except ValueError as e:
       raise ValueError(f'Timestep {t}: {e}') from e
   return stack(timesteps, fits, settings)
-
-
-def held_out_r2(model: ErrorModel, timestep: int, pairs: Pairs) -> np.ndarray:
-  """Share of the error's variance that the model predicts on other data.
-
-  1 - E[(d - E[d | eps_q])**2] / Var[d] with the variance about the mean of the
-  given data; no outliers are left out. Negative where the model does harm. In
-  sample it is rho**2.
-
-  Args:
-    model: fitted on other images.
-    timestep: one of its timesteps.
-    pairs: called once; see `fit_timestep`.
-
-  Returns:
-    float64 [], or [C] of a channel-wise model; 0 where d is constant.
-
-  Raises:
-    ValueError: the timestep has no statistics, or as `fit_timestep`.
-  """
-  (row,) = model.rows_of([timestep])
-  gain, bias, _ = (x[row] for x in model.conditional())
-  total, squares = None, 0.0
-  for q, d in _elements(pairs):
-    if q.shape[-1] != model.channel_mean_q.shape[-1]:
-      raise ValueError(
-        f'{q.shape[-1]} channels: the error model has '
-        f'{model.channel_mean_q.shape[-1]}.'
-      )
-    part = _moments(q, d, np.ones(d.shape, bool))
-    total = part if total is None else merge(total, part)
-    squares = squares + np.square(d - (gain * q + bias)).sum(0)
-  if total is None:
-    raise ValueError('No pairs of (eps_q, eps) were given.')
-  if not model.channel_wise:
-    total, squares = _pool(total), np.sum(squares)
-  share = np.divide(
-    squares,
-    total.sum_dd,
-    out=np.ones_like(total.sum_dd),
-    where=total.sum_dd > 0,
-  )
-  return 1.0 - share

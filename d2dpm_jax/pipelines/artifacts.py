@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from d2dpm_jax.denoising import gaussian
+from d2dpm_jax.denoising import gaussian, selection
 from d2dpm_jax.pipelines import setup
 from d2dpm_jax.quantization import transform
 from d2dpm_jax.runtime import files, weights
@@ -34,25 +34,34 @@ class Quantized:
     qstate: path -> quantizers of `quantization.transform`; empty for the
       full-precision network itself.
     error_models: 'tensor' and 'channel' -> joint Gaussians of all steps.
+    held_out: how corrections did on images that they were not fitted on, for
+      the correction 'auto'.
   """
 
   model: setup.Model
   qstate: transform.QuantState
   error_models: Mapping[str, gaussian.ErrorModel]
+  held_out: selection.HeldOut | None = None
 
-  def error_model(self, channel_wise: bool) -> gaussian.ErrorModel:
-    """The statistics that a correction uses.
+  def statistics(
+    self, correction: str, channel_wise: bool
+  ) -> gaussian.ErrorModel | selection.HeldOut | None:
+    """Those that a correction uses; None for 'none'.
 
     Raises:
       ValueError: there are none, or they were made for another sampler.
     """
+    if correction == 'none':
+      return None
     kind = 'channel' if channel_wise else 'tensor'
-    if kind not in self.error_models:
+    found: gaussian.ErrorModel | selection.HeldOut | None = (
+      self.held_out if correction == 'auto' else self.error_models.get(kind)
+    )
+    if found is None:
       raise ValueError(
-        'There are no error statistics for a correction: run --mode '
-        "calibrate, or set --config.sample.correction='none'."
+        f'There are no error statistics for the correction {correction!r}: run '
+        "--mode calibrate, or set --config.sample.correction='none'."
       )
-    found = self.error_models[kind]
     different = files.differences(
       {'sampler': found.settings.get('sampler', {})},
       {'sampler': sampler_settings(self.model)},
@@ -88,6 +97,8 @@ def save(quantized: Quantized, paths: files.Workdir) -> None:
   """Writes quantizers (Orbax) and error models (.npz)."""
   for kind, error_model in quantized.error_models.items():
     error_model.save(paths.error_model(kind))
+  if quantized.held_out is not None:
+    quantized.held_out.save(paths.held_out)
   # Last: a directory with quantizers is a finished calibration.
   tree = {
     # Orbax takes '/' in a name for a folder.
@@ -146,4 +157,7 @@ def load(model: setup.Model, paths: files.Workdir) -> Quantized:
     kind: gaussian.ErrorModel.load(paths.error_model(kind), structure(model))
     for kind in ('tensor', 'channel')
   }
-  return Quantized(model, jax.tree.map(np.asarray, qstate), error_models)
+  held = None  # Calibrations from before there was any have none.
+  if paths.held_out.is_file():
+    held = selection.HeldOut.load(paths.held_out, structure(model))
+  return Quantized(model, jax.tree.map(np.asarray, qstate), error_models, held)

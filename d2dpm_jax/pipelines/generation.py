@@ -43,6 +43,13 @@ class Inputs(NamedTuple):
   key: Array  # Root of all noise.
 
 
+class StepInputs(NamedTuple):
+  """Arguments of a program for one step, the same for every image."""
+
+  inputs: Inputs  # `correction_rows` is one row, like `row`.
+  row: ddim.Rows  # Scalars.
+
+
 def rows_of(ldm: LatentDiffusion, settings: SamplerSettings) -> ddim.Rows:
   alphas_cumprod = schedule.linear_schedule(
     ldm.num_timesteps, ldm.beta_start, ldm.beta_end
@@ -126,7 +133,7 @@ def _over_devices(
 
   unit = microbatch * devices.mesh().size
 
-  def run(inputs: Inputs, *arrays: np.ndarray) -> Any:
+  def run(inputs: Inputs | StepInputs, *arrays: np.ndarray) -> Any:
     """Pads the batch to whole microbatches on every device, and trims."""
     count = len(arrays[0])
     padding = -count % unit
@@ -222,5 +229,62 @@ def eps_program(
 
     _, eps = jax.lax.scan(step, None, (jnp.moveaxis(x, 1, 0), rows.t))
     return jnp.moveaxis(eps, 0, 1)
+
+  return _over_devices(microbatch, microbatch_fn)
+
+
+@functools.lru_cache(maxsize=8)
+def pair_program(
+  ldm: LatentDiffusion, settings: SamplerSettings, microbatch: int
+) -> Callable[..., dict[str, np.ndarray]]:
+  """Compiles x_t -> guided eps of both networks at it, for any timestep.
+
+  Returns:
+    (StepInputs, x float32[B,h,w,c], labels int32[B]) -> {'eps', 'eps_q'}, each
+    float32[B,h,w,c].
+  """
+
+  def microbatch_fn(step: StepInputs, x: Array, labels: Array):
+    networks = {'eps': step.inputs._replace(qstate={}), 'eps_q': step.inputs}
+    t = jnp.full(x.shape[:1], step.row.t, jnp.int32)
+    return {
+      name: _eps_fn(ldm, settings, inputs, labels)(x, t, None)
+      for name, inputs in networks.items()
+    }
+
+  return _over_devices(microbatch, microbatch_fn)
+
+
+@functools.lru_cache(maxsize=8)
+def advance_program(
+  ldm: LatentDiffusion,
+  settings: SamplerSettings,
+  correction: str,
+  microbatch: int,
+) -> Callable[..., np.ndarray]:
+  """Compiles one step of the sampler from an eps_q that is there already.
+
+  Returns:
+    (StepInputs, index int32[B], x, eps_q float32[B,h,w,c]) -> x of the next
+    step, float32[B,h,w,c].
+  """
+
+  def microbatch_fn(step: StepInputs, index: Array, x: Array, eps_q: Array):
+    stream = functools.partial(
+      noise.noise_stream, step.inputs.key, index, ldm.latent_shape
+    )
+    draws = correction in corrections.DRAWS_NOISE
+    row, correction_row = jax.tree.map(
+      lambda leaf: leaf[None], (step.row, step.inputs.correction_rows)
+    )
+    return sampler.sample(
+      lambda *_: eps_q,
+      row,
+      x,
+      noise_fn=stream() if settings.eta else None,
+      correct=corrections.CORRECTIONS[correction],
+      correction_rows=correction_row,
+      error_noise_fn=stream(noise.Stream.ERROR) if draws else None,
+    )
 
   return _over_devices(microbatch, microbatch_fn)

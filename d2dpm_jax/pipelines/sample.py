@@ -32,6 +32,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     compare(quantized, settings, paths.samples)
     setup.begin(config, paths)
     return
+  if settings.quantized:
+    _warn_of_other_points(quantized, settings)
   images_, labels = generate(
     quantized,
     np.arange(settings.num_images),
@@ -64,6 +66,25 @@ def _check(settings: ml_collections.ConfigDict) -> None:
     raise ValueError(
       f'sample.correction {settings.correction!r}: expected one of '
       f'{list(corrections.CORRECTIONS)}.'
+    )
+
+
+def _warn_of_other_points(
+  quantized: artifacts.Quantized, settings: ml_collections.ConfigDict
+) -> None:
+  """Statistics hold at the points that their own correction leads to."""
+  errors = quantized.statistics(settings.correction, settings.channel_wise)
+  collected = {} if errors is None else errors.settings.get('statistics', {})
+  different = [
+    f'sample.{name}={value!r}'
+    for name, value in collected.items()
+    if name != 'trajectory' and value != settings[name]
+  ]
+  if different:
+    _log.warning(
+      'The error statistics were collected on trajectories with %s; with other '
+      'settings they are those of other points.',
+      ', '.join(different),
     )
 
 
@@ -113,7 +134,7 @@ def generate(
     index: int[N], image numbers.
     labels: int[N].
     correction: a key of `denoising.correction.CORRECTIONS`.
-    channel_wise: which error model.
+    channel_wise: which error model; has no effect on 'auto'.
     absorb: see `correction_rows`.
     batch_size: images per call.
     microbatch: see `generation`.
@@ -153,10 +174,9 @@ def batch_runner(
   """(index, labels) -> {'images', 'latents'} of one batch."""
   model = quantized.model
   timesteps = generation.rows_of(model.ldm, model.sampler).t
-  error_model = None
-  if correction != 'none':
-    error_model = quantized.error_model(channel_wise)
-  rows = corrections.correction_rows(error_model, correction, timesteps, absorb)
+  corrections.check(correction, absorb)
+  errors = quantized.statistics(correction, channel_wise)
+  rows = corrections.correction_rows(errors, correction, timesteps, absorb)
   program = generation.sample_program(
     model.ldm, model.sampler, correction, microbatch
   )

@@ -1,14 +1,66 @@
-"""Error statistics: what the quantized network does on trajectories."""
+"""Error statistics: what the quantized network does along trajectories.
 
-from collections.abc import Iterator
+With `statistics.trajectory = 'fp'` these are the full-precision ones, as in the
+paper. With 'quantized' all images walk as the sampler will: at each step both
+networks look at the same x, the errors of the step are fitted, and its
+correction takes the images to the next one. So a step's statistics are those of
+the points that the corrected sampler really sees.
+"""
 
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
 import numpy as np
 
-from d2dpm_jax.denoising import gaussian
+from d2dpm_jax.denoising import correction as corrections
+from d2dpm_jax.denoising import gaussian, selection
 from d2dpm_jax.diffusion import noise
 from d2dpm_jax.pipelines import artifacts, generation, setup, trajectories
 from d2dpm_jax.quantization import transform
 from d2dpm_jax.runtime import files, progress
+
+_log = logging.getLogger(__name__)
+
+TRAJECTORIES = ('fp', 'quantized')
+_LOGGED_ROWS = 10  # Of the table of held-out errors, at most.
+
+# Timestep -> chunks (eps_q, eps), float32[N, h, w, c].
+PairsAt = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]
+
+
+class Statistics(NamedTuple):
+  """What is known of the errors; fields of `artifacts.Quantized`."""
+
+  error_models: dict[str, gaussian.ErrorModel]
+  held_out: selection.HeldOut
+
+  def used_by(
+    self, correction: str, channel_wise: bool
+  ) -> gaussian.ErrorModel | selection.HeldOut:
+    if correction == 'auto':
+      return self.held_out
+    return self.error_models['channel' if channel_wise else 'tensor']
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for bad `config.statistics`."""
+  settings = config.statistics
+  if settings.trajectory not in TRAJECTORIES:
+    raise ValueError(
+      f'statistics.trajectory {settings.trajectory!r}: expected one of '
+      f'{list(TRAJECTORIES)}.'
+    )
+  for name in ('num_samples', 'folds'):
+    if settings[name] < 2:
+      raise ValueError(
+        f'statistics.{name} is {settings[name]}; expected >= 2, to try the '
+        'corrections on images that they were not fitted on.'
+      )
+  if settings.trajectory == 'quantized':
+    corrections.check(config.sample.correction, config.sample.absorb_variance)
 
 
 def fit_errors(
@@ -16,28 +68,113 @@ def fit_errors(
   qstate: transform.QuantState,
   spool: trajectories.Trajectories,
   paths: files.Workdir,
-) -> dict[str, gaussian.ErrorModel]:
-  """Runs the quantized network on the trajectories, fits (eps_q, error).
+) -> Statistics:
+  """Fits (eps_q, error) of all sampling steps, and tries the corrections.
 
-  Returns:
-    'tensor' and 'channel' -> error model of all sampling steps.
+  What has been computed is kept in `paths.calibration`; the same call after an
+  interruption goes on there.
+
+  Raises:
+    ValueError: bad settings, or statistics there that were begun with others.
   """
+  check(model.config)
+  fit = (
+    _fit_quantized
+    if model.config.statistics.trajectory == 'quantized'
+    else _fit_full_precision
+  )
+  found = fit(model, qstate, spool, paths)
+  table = selection.format_table(found.held_out)
+  with files.atomic_write(paths.held_out_table, 'w') as file:
+    file.write(f'{table}\n')
+  header, *lines = table.splitlines()
+  shown = lines[:: -(-len(lines) // _LOGGED_ROWS)]
+  _log.info(
+    'Share of the squared error that is predicted on held-out images, in '
+    'percent (all timesteps: %s)\n%s',
+    paths.held_out_table,
+    '\n'.join([header, *shown]),
+  )
+  return found
+
+
+def settings_of(model: setup.Model) -> dict[str, Any]:
+  """What error statistics depend on; kept with them."""
+  return {
+    **artifacts.structure(model),
+    'sampler': artifacts.sampler_settings(model),
+    'statistics': collection_settings(model.config),
+  }
+
+
+def collection_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """At which points the errors were collected."""
+  trajectory = config.statistics.trajectory
+  if trajectory == 'fp':
+    return {'trajectory': trajectory}
+  names = ('correction', 'channel_wise', 'absorb_variance')
+  return {
+    'trajectory': trajectory,
+    **{name: config.sample[name] for name in names},
+  }
+
+
+def _fit(
+  timesteps: Sequence[int], pairs: PairsAt, model: setup.Model
+) -> Statistics:
+  settings, config = settings_of(model), model.config.statistics
+  error_models = {
+    kind: gaussian.fit(
+      timesteps,
+      pairs,
+      channel_wise=kind == 'channel',
+      outlier_std=config.outlier_std,
+      settings=settings,
+    )
+    for kind in ('tensor', 'channel')
+  }
+  return Statistics(
+    error_models,
+    selection.evaluate(
+      error_models['tensor'],
+      error_models['channel'],
+      pairs,
+      config.folds,
+      config.outlier_std,
+    ),
+  )
+
+
+def _batches(
+  model: setup.Model, spool: trajectories.Trajectories
+) -> Iterator[tuple[int, int, trajectories.Batch]]:
+  """(number of its first image, images to use of it, batch), in order."""
+  count = model.config.statistics.num_samples
+  for start in spool.starts:
+    if start < count:
+      batch = spool.batch(start)
+      yield start, min(len(batch.labels), count - start), batch
+
+
+def _fit_full_precision(
+  model: setup.Model,
+  qstate: transform.QuantState,
+  spool: trajectories.Trajectories,
+  paths: files.Workdir,
+) -> Statistics:
+  """On the trajectories as they are on disk."""
   config = model.config
   directory = paths.calibration / 'eps_q'
-  count = config.statistics.num_samples
   program = generation.eps_program(
     model.ldm, model.sampler, config.sample.microbatch
   )
   inputs = generation.Inputs(
     model.params, qstate, None, noise.seed_key(config.seed)
   )
+  count = config.statistics.num_samples
   with progress.progress('statistics', count, 'image') as bar:
-    for start in spool.starts:
-      batch = spool.batch(start)
-      rows = min(len(batch.x), count - start)
-      if rows <= 0:
-        break
-      reused = (directory / f'{start:06d}.npy').is_file()
+    for start, rows, batch in _batches(model, spool):
+      reused = trajectories.has_array(directory, f'{start:06d}')
       if not reused:
         eps_q = program(inputs, batch.x[:rows], batch.labels[:rows])
         trajectories.write_array(directory, f'{start:06d}', eps_q)
@@ -46,23 +183,94 @@ def fit_errors(
 
   def pairs(t: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     step = int(np.flatnonzero(timesteps == t)[0])
-    for start in spool.starts:
-      if start < count:
-        eps_q = trajectories.read_array(directory, f'{start:06d}')
-        eps = spool.batch(start).eps[: len(eps_q)]
-        yield eps_q[:, step], eps[:, step]
+    for start, rows, batch in _batches(model, spool):
+      eps_q = trajectories.read_array(directory, f'{start:06d}')
+      yield eps_q[:, step], batch.eps[:rows, step]
 
-  settings = {
-    **artifacts.structure(model),
-    'sampler': artifacts.sampler_settings(model),
+  return _fit(timesteps.tolist(), pairs, model)
+
+
+def _fit_quantized(
+  model: setup.Model,
+  qstate: transform.QuantState,
+  spool: trajectories.Trajectories,
+  paths: files.Workdir,
+) -> Statistics:
+  """On trajectories of the quantized, corrected network.
+
+  They begin where those of the spool do, with the same labels and the same
+  noise on the way. Every array is written when it is there, and a step needs
+  those of the step before alone: a run that was killed goes on in mid-step.
+  """
+  config = model.config
+  directory = paths.calibration / 'quantized_trajectories'
+  collected = {
+    **setup.plain(config.statistics),
+    **collection_settings(config),
+    'seed': config.seed,
+    'microbatch': config.sample.microbatch,
   }
-  return {
-    kind: gaussian.fit(
-      timesteps.tolist(),
-      pairs,
-      channel_wise=kind == 'channel',
-      outlier_std=config.statistics.outlier_std,
-      settings=settings,
+  trajectories.claim(directory, {**settings_of(model), 'statistics': collected})
+  rows = generation.rows_of(model.ldm, model.sampler)
+  kind = config.sample.correction
+  networks = generation.pair_program(
+    model.ldm, model.sampler, config.sample.microbatch
+  )
+  advance = generation.advance_program(
+    model.ldm, model.sampler, kind, config.sample.microbatch
+  )
+  inputs = jax.device_put(
+    generation.Inputs(
+      model.params, qstate, None, trajectories.noise_key(config.seed)
     )
-    for kind in ('tensor', 'channel')
-  }
+  )
+
+  def read(step: int, start: int, name: str) -> np.ndarray:
+    return trajectories.read_array(directory, f'{step:03d}.{start:06d}.{name}')
+
+  found: list[Statistics] = []
+  total = config.statistics.num_samples * len(rows.t)
+  with progress.progress('statistics', total, 'evaluation') as bar:
+    for step, t in enumerate(rows.t.tolist()):
+      row = jax.tree.map(lambda column, i=step: column[i], rows)
+      here = generation.StepInputs(inputs, row)
+      if found:
+        table = corrections.correction_rows(
+          found[-1].used_by(kind, config.sample.channel_wise),
+          kind,
+          rows.t[step - 1 : step],
+          config.sample.absorb_variance,
+        )
+        before = generation.StepInputs(
+          inputs._replace(correction_rows=jax.tree.map(lambda c: c[0], table)),
+          jax.tree.map(lambda column, i=step: column[i - 1], rows),
+        )
+      for start, count, batch in _batches(model, spool):
+        names = ('x', 'eps', 'eps_q')
+        stems = [f'{step:03d}.{start:06d}.{name}' for name in names]
+        reused = all([trajectories.has_array(directory, s) for s in stems])
+        if not reused:
+          x = batch.x[:count, 0]
+          if found:
+            index = np.arange(start, start + count, dtype=np.int32)
+            last = (read(step - 1, start, name) for name in ('x', 'eps_q'))
+            x = advance(before, index, *last)
+          out = networks(here, x, batch.labels[:count])
+          arrays = (x, out['eps'], out['eps_q'])
+          for stem, array in zip(stems, arrays, strict=True):
+            trajectories.write_array(directory, stem, array)
+        bar.update(count, reused=reused)
+
+      def pairs(t: int, step: int = step):
+        del t
+        for start, *_ in _batches(model, spool):
+          yield read(step, start, 'eps_q'), read(step, start, 'eps')
+
+      found.append(_fit([t], pairs, model))
+  return Statistics(
+    {
+      kind: gaussian.ErrorModel.join([f.error_models[kind] for f in found])
+      for kind in ('tensor', 'channel')
+    },
+    selection.HeldOut.join([f.held_out for f in found]),
+  )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from d2dpm_jax.denoising import correction, gaussian
+from d2dpm_jax.denoising import correction, gaussian, selection
 from d2dpm_jax.diffusion import ddim, sampler
 
 _GOLDEN = pathlib.Path(__file__).parents[1] / (
@@ -28,6 +28,8 @@ _STATISTICS = (
 )
 
 
+# 'auto' takes another table than all the others, see AutoTest.
+_OF_GAUSSIANS = [kind for kind in correction.CORRECTIONS if kind != 'auto']
 _EQUAL_WITHOUT_NOISE = (
   {'s_d2', 's_d2_absorb'},
   {'d_d2', 'mean_only'},
@@ -61,6 +63,29 @@ def _model(grouping, **changes):
   )
 
 
+def _held_out(*winners):
+  """Statistics of `_model`, for which these candidates do best, in a cycle."""
+  tensor, channel = _model('tensor'), _model('channel')
+  steps, kinds = len(tensor.timesteps), len(selection.CANDIDATES)
+  shape = channel.mean_d.shape
+  gain, bias = selection._affine(tensor, channel, shape)
+  r2 = np.full((steps, kinds), -0.1)
+  r2[:, 0] = 0
+  for step in range(steps):
+    winner = winners[step % len(winners)]
+    r2[step, selection.CANDIDATES.index(winner)] = 0.5 * (winner != 'none')
+  variance = channel.conditional().variance[:, None]
+  return selection.HeldOut(
+    timesteps=tensor.timesteps,
+    gain=np.moveaxis(gain, 0, 1),
+    bias=np.moveaxis(bias, 0, 1),
+    left_variance=np.repeat(variance, kinds, 1),
+    r2=r2,
+    r2_about_mean=r2,
+    standard_error=np.full((steps, kinds), 0.1),
+  )
+
+
 def _sample(kind, rows, table, x_T, z, n):
   """x_0 and every x_t; tables are arguments, so programs are shared."""
   return sampler.sample(
@@ -90,7 +115,7 @@ def _run(kind, model, eta, absorb=False, sample=_jitted):
 
 class TrajectoryTest(parameterized.TestCase):
   @parameterized.product(
-    kind=(*correction.CORRECTIONS, 's-d2_absorb'),
+    kind=(*_OF_GAUSSIANS, 's-d2_absorb'),
     grouping=('tensor', 'channel'),
     eta=(0.0, 1.0),
   )
@@ -157,9 +182,7 @@ class TrajectoryTest(parameterized.TestCase):
     got, _ = _run(kind, model, 1.0)
     np.testing.assert_allclose(got, x, rtol=5e-6, atol=5e-6)
 
-  @parameterized.product(
-    kind=tuple(correction.CORRECTIONS), grouping=('tensor', 'channel')
-  )
+  @parameterized.product(kind=_OF_GAUSSIANS, grouping=('tensor', 'channel'))
   def test_zero_statistics_are_plain_ddim(self, kind, grouping):
     given = vars(_model(grouping))
     model = _model(grouping, **{k: 0 * given[k] for k in _STATISTICS})
@@ -184,11 +207,8 @@ class TrajectoryTest(parameterized.TestCase):
 
   @parameterized.parameters(*correction.CORRECTIONS)
   def test_is_one_program_without_the_host(self, kind):
-    text = str(
-      jax.make_jaxpr(
-        lambda: _run(kind, _model('channel'), 1.0, sample=_sample)
-      )()
-    )
+    model = _held_out('none') if kind == 'auto' else _model('channel')
+    text = str(jax.make_jaxpr(lambda: _run(kind, model, 1.0, sample=_sample))())
     self.assertEqual(text.count(' scan['), 1)
     self.assertNotIn('callback', text)
 
@@ -229,9 +249,45 @@ class TruthTest(parameterized.TestCase):
       self.assertLess(np.max(after / before), 0.9)
 
 
+class AutoTest(parameterized.TestCase):
+  @parameterized.parameters(0.0, 1.0)
+  def test_is_d_d2_where_that_is_chosen(self, eta):
+    """Same residual variances, so the same trajectory; eta 1 uses them."""
+    auto, _ = _run('auto', _held_out('channel gain+bias'), eta)
+    d_d2, _ = _run('d-d2', _model('channel'), eta)
+    np.testing.assert_array_equal(auto, d_d2)
+
+  def test_no_choice_is_plain_ddim_at_eta_0(self):
+    (got, _), (want, _) = (
+      _run('auto', _held_out('none'), 0.0),
+      _run('none', None, 0.0),
+    )
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-6)
+
+  def test_each_step_has_its_own(self):
+    names = selection.CANDIDATES
+    model = _held_out(*names)
+    table = correction.correction_rows(model, 'auto', model.timesteps)
+    channel, tensor = _model('channel'), _model('tensor')
+    ones, gain = np.ones((4, 3)), channel.conditional().gain
+    of_tensor = 1 - tensor.conditional().gain[:, None] * np.ones(3)
+    wants = {
+      'none': (ones, 0 * ones),
+      'tensor bias': (ones, tensor.mean_d[1::5, None] * np.ones(3)),
+      'tensor gain+bias': (of_tensor[2::5], None),
+      'channel bias': (ones, channel.mean_d[3::5]),
+      'channel gain+bias': ((1 - gain)[4::5], channel.conditional().bias[4::5]),
+    }
+    for k, name in enumerate(names):
+      scale, shift = wants[name]
+      np.testing.assert_allclose(table.scale[k::5, 0, 0], scale, rtol=1e-6)
+      if shift is not None:
+        np.testing.assert_allclose(table.shift[k::5, 0, 0], shift, rtol=1e-6)
+
+
 class RowsTest(parameterized.TestCase):
   @parameterized.product(
-    kind=[k for k in correction.CORRECTIONS if k != 'none'],
+    kind=[k for k in _OF_GAUSSIANS if k != 'none'],
     grouping=('tensor', 'channel'),
   )
   def test_shapes(self, kind, grouping):
@@ -266,7 +322,8 @@ class RowsTest(parameterized.TestCase):
 
   @parameterized.parameters(*correction.CORRECTIONS)
   def test_draws_noise_names_those_that_use_it(self, kind):
-    table = correction.correction_rows(_model('tensor'), kind, [951])
+    model = _held_out('tensor bias') if kind == 'auto' else _model('tensor')
+    table = correction.correction_rows(model, kind, [951])
     row = jax.tree.map(lambda leaf: leaf[0], table)
     x = jnp.ones((1, 2, 2, 3))
     fn = correction.CORRECTIONS[kind]
@@ -285,6 +342,13 @@ class RowsTest(parameterized.TestCase):
       ('needs an error model', (None, 'ptqd', [951])),
       ('option of s-d2, not of d-d2', (model, 'd-d2', [951], True)),
       ('option of s-d2, not of none', (None, 'none', [951], True)),
+      ('option of s-d2, not of auto', (None, 'auto', [951], True)),
+      ("'auto' cannot use the error model", (model, 'auto', [951])),
+      (
+        "'d-d2' cannot use the table of held-out",
+        (_held_out('none'), 'd-d2', [951]),
+      ),
+      (r'timesteps \[52\]', (_held_out('none'), 'auto', [951, 52])),
     ):
       with self.assertRaisesRegex(ValueError, message):
         correction.correction_rows(*args)

@@ -231,39 +231,15 @@ class ModelTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, message):
         gaussian.stack(*args)
 
-  @parameterized.parameters(False, True)
-  def test_held_out_r2(self, channel_wise):
-    model = _model(channel_wise)
-    q, e = map(np.float64, _data(77))
-    d = q - e
-    gain, bias, _ = (x[2] for x in model.conditional())
-    axes = (0, 1, 2) if channel_wise else None
-    squares = np.mean((d - gain * q - bias) ** 2, axes)
-    want = 1 - squares / np.var(d, axes)
-    got = gaussian.held_out_r2(model, 501, _chunks(*_data(77)))
-    np.testing.assert_allclose(got, want, rtol=1e-9)
-
-  def test_r2_in_sample_is_rho_squared_and_harm_is_negative(self):
-    eps_q, eps = _data()
-    fit = gaussian.fit_timestep(_chunks(eps_q, eps), outlier_std=np.inf)
-    model = gaussian.stack([1], [fit])
-    got = gaussian.held_out_r2(model, 1, _chunks(eps_q, eps))
-    np.testing.assert_allclose(got, model.rho[0] ** 2, rtol=1e-9)
-    turned = dataclasses.replace(model, cov=-model.cov)
-    harm = gaussian.held_out_r2(turned, 1, _chunks(eps_q, eps))
-    self.assertLess(harm, -got)
-    self.assertEqual(gaussian.held_out_r2(model, 1, _chunks(eps, eps)), 0)
-
-  def test_r2_refuses(self):
-    model = _model()
-    eps_q, eps = _data()
-    for message, t, pairs in (
-      (r'\[2\]', 2, _chunks(eps_q, eps)),
-      ('No pairs', 1, lambda: ()),
-      ('1 channels', 1, _chunks(eps_q[..., :1], eps[..., :1])),
-    ):
-      with self.assertRaisesRegex(ValueError, message):
-        gaussian.held_out_r2(model, t, pairs)
+  def test_join_is_the_model_of_all_timesteps(self):
+    whole = _model(True)
+    parts = [_model(True, timesteps=(t,)) for t in whole.timesteps.tolist()]
+    joined = gaussian.ErrorModel.join(parts)
+    for name in whole.names():
+      np.testing.assert_array_equal(getattr(joined, name), getattr(whole, name))
+    self.assertEqual(joined.settings, whole.settings)
+    with self.assertRaisesRegex(ValueError, 'repeat'):
+      gaussian.ErrorModel.join([whole, parts[0]])
 
 
 class FileTest(parameterized.TestCase):
@@ -281,7 +257,7 @@ class FileTest(parameterized.TestCase):
     self.assertEqual(os.listdir(self.path.parent), [self.path.name])
     again = gaussian.ErrorModel.load(self.path, _SETTINGS)
     self.assertEqual(again.settings, model.settings)
-    for name in gaussian._ARRAYS:
+    for name in model.names():
       a, b = getattr(model, name), getattr(again, name)
       self.assertEqual(a.dtype, b.dtype)
       np.testing.assert_array_equal(a, b)

@@ -51,7 +51,12 @@ def with_noise(tiny, calibrated, monkeypatch):
     )
     for kind, error_model in calibrated.quantized.error_models.items()
   }
-  return artifacts.Quantized(model, calibrated.quantized.qstate, error_models)
+  held_out = dataclasses.replace(
+    calibrated.quantized.held_out, settings=error_models['tensor'].settings
+  )
+  return artifacts.Quantized(
+    model, calibrated.quantized.qstate, error_models, held_out
+  )
 
 
 def test_each_correction_and_option_changes_the_latents(with_noise):
@@ -71,8 +76,9 @@ def test_each_correction_and_option_changes_the_latents(with_noise):
 
 def test_full_precision_needs_no_calibration_and_no_correction(tiny):
   plain = artifacts.full_precision(tiny.model)
-  with pytest.raises(ValueError, match='no error statistics.*calibrate'):
-    sample.batch_runner(plain, 'd-d2', False, False, 2, 0)
+  for correction in ('d-d2', 'auto'):
+    with pytest.raises(ValueError, match='no error statistics.*calibrate'):
+      sample.batch_runner(plain, correction, False, False, 2, 0)
 
 
 def test_statistics_of_another_sampler_are_refused(tiny, calibrated):

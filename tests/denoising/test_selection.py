@@ -1,0 +1,247 @@
+"""What corrections do on held-out images: against NumPy and known answers."""
+
+import dataclasses
+import pathlib
+import tempfile
+
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from d2dpm_jax.denoising import gaussian, selection
+
+_NAMES = selection.CANDIDATES
+
+
+def _evaluate(eps_q, eps, folds=4, outlier_std=np.inf, size=7, settings=None):
+  """Of one timestep; images come in chunks of `size`."""
+
+  def pairs(t):
+    assert t == 1
+    for i in range(0, len(eps), size):
+      yield eps_q[i : i + size], eps[i : i + size]
+
+  tensor, channel = (
+    gaussian.fit([1], pairs, channel_wise, outlier_std, settings)
+    for channel_wise in (False, True)
+  )
+  return selection.evaluate(tensor, channel, pairs, folds, outlier_std)
+
+
+def _pairs(draw, images=400, seed=0):
+  """eps_q ~ N(0.5, 1) and eps = eps_q - draw(rng, eps_q), float64."""
+  rng = np.random.default_rng(seed)
+  eps_q = rng.normal(size=(images, 4, 4, 3)) + 0.5
+  return eps_q, eps_q - draw(rng, eps_q)
+
+
+def _fit_by_hand(q, d, name, outlier_std):
+  """gain[3], bias[3] of a candidate, from whole arrays [N, H, W, 3]."""
+  gain, bias = np.zeros(3), np.zeros(3)
+  groups = [slice(None)] if name.startswith('tensor') else [0, 1, 2]
+  for group in groups if name != 'none' else []:
+    x, y = q[..., group].ravel(), d[..., group].ravel()
+    keep = np.abs(y - y.mean()) <= outlier_std * y.std()
+    x, y = x[keep], y[keep]
+    slope, offset = 0.0, y.mean()
+    if name.endswith('gain+bias'):
+      slope, offset = np.polyfit(x, y, 1)
+    gain[group], bias[group] = slope, offset
+  return gain, bias
+
+
+class HeldOutTest(parameterized.TestCase):
+  @parameterized.product(outlier_std=(np.inf, 2.5), folds=(2, 3))
+  def test_equals_numpy(self, outlier_std, folds):
+    eps_q, eps = _pairs(
+      lambda rng, q: (
+        0.2 * q + [0.1, 0.0, -0.3] + rng.normal(size=q.shape) * [0.1, 0.2, 0.3]
+      ),
+      images=20,
+    )
+    found = _evaluate(eps_q, eps, folds, outlier_std)
+    d = eps_q - eps
+    image = np.arange(20)
+    for k, name in enumerate(_NAMES):
+      left = np.empty_like(d)
+      for fold in range(folds):
+        out = image % folds == fold
+        gain, bias = _fit_by_hand(eps_q[~out], d[~out], name, outlier_std)
+        left[out] = d[out] - gain * eps_q[out] - bias
+      gain, bias = _fit_by_hand(eps_q, d, name, outlier_std)
+      of_image = np.sum(left**2, (1, 2, 3)), np.sum(d**2, (1, 2, 3))
+      ratio = of_image[0].sum() / of_image[1].sum()
+      spread = np.std(of_image[0] - ratio * of_image[1], ddof=1)
+      want = dict(
+        gain=gain,
+        bias=bias,
+        left_variance=np.var(left, (0, 1, 2)),
+        r2=1 - ratio,
+        r2_about_mean=1 - np.mean(left**2) / np.var(d),
+        standard_error=spread * 20**0.5 / of_image[1].sum(),
+      )
+      for key, value in want.items():
+        np.testing.assert_allclose(
+          getattr(found, key)[0, k], value, rtol=1e-8, atol=1e-12, err_msg=name
+        )
+
+  def test_known_shares(self):
+    """d = m_c + g q + noise: every share follows from the moments."""
+    bias, gain, noise = np.array([0.3, 0.0, -0.3]), 0.2, 0.4
+    eps_q, eps = _pairs(
+      lambda rng, q: bias + gain * q + noise * rng.normal(size=q.shape),
+      images=1000,
+    )
+    found = _evaluate(eps_q, eps)
+    mean = bias + gain * 0.5  # Of d, per channel; eps_q has mean 0.5.
+    whole = np.mean(mean**2) + gain**2 + noise**2
+    left = {
+      'none': whole,
+      'tensor bias': whole - mean.mean() ** 2,
+      'tensor gain+bias': np.var(mean) + noise**2,
+      'channel bias': gain**2 + noise**2,
+      'channel gain+bias': noise**2,
+    }
+    about_mean = whole - mean.mean() ** 2
+    # Four standard errors are 0.02 at most with 48 000 numbers.
+    for k, name in enumerate(_NAMES):
+      np.testing.assert_allclose(
+        found.r2[0, k], 1 - left[name] / whole, atol=0.02, err_msg=name
+      )
+      np.testing.assert_allclose(
+        found.r2_about_mean[0, k], 1 - left[name] / about_mean, atol=0.02
+      )
+    self.assertEqual(_NAMES[found.choice()[0]], 'channel gain+bias')
+    last = _NAMES.index('channel gain+bias')
+    np.testing.assert_allclose(
+      found.left_variance[0, last], noise**2, rtol=0.05
+    )
+
+  def test_standard_error_is_the_spread_over_data_sets(self):
+    """Errors of an image are alike, so elements would give far too little."""
+
+    def draw(rng, q):
+      loud = rng.gamma(1.0, size=(len(q), 1, 1, 1))
+      return 0.1 * q + 0.1 + loud * rng.normal(size=q.shape) * 0.5
+
+    sets = [_evaluate(*_pairs(draw, 100, seed)) for seed in range(40)]
+    r2 = np.stack([s.r2[0] for s in sets])
+    error = np.stack([s.standard_error[0] for s in sets])
+    # A standard deviation of 40 numbers is good to 11 %, twice that allowed.
+    np.testing.assert_allclose(
+      r2.std(0, ddof=1)[1:], error.mean(0)[1:], rtol=0.35
+    )
+    np.testing.assert_array_equal(error[:, 0], 0)
+
+  def test_few_images_overfit_and_that_is_seen(self):
+    """In sample a bias looks good; other images do not share it."""
+    eps_q, eps = _pairs(lambda rng, q: rng.normal(size=(len(q), 1, 1, 3)), 4)
+    found = _evaluate(eps_q, eps, folds=2)
+    self.assertLess(found.r2[0, 3], 0)
+    self.assertEqual(found.choice()[0], 0)
+
+  def test_chunks_do_not_matter(self):
+    eps_q, eps = _pairs(lambda rng, q: 0.1 * q + rng.normal(size=q.shape), 20)
+    one, other = (_evaluate(eps_q, eps, size=size) for size in (20, 3))
+    for name in one.names():
+      np.testing.assert_allclose(
+        getattr(one, name), getattr(other, name), rtol=1e-9, atol=1e-12
+      )
+
+  def test_no_error_at_all(self):
+    eps_q, _ = _pairs(lambda rng, q: q, 8)
+    found = _evaluate(eps_q, eps_q)
+    np.testing.assert_array_equal(found.r2, 0)
+    np.testing.assert_array_equal(found.r2_about_mean, 0)
+    self.assertEqual(found.choice()[0], 0)
+
+  def test_refuses(self):
+    eps_q, eps = _pairs(lambda rng, q: rng.normal(size=q.shape), 8)
+    with self.assertRaisesRegex(ValueError, 'Timestep 1: 1 images'):
+      _evaluate(eps_q[:1], eps[:1])
+    with self.assertRaisesRegex(ValueError, 'folds is 1'):
+      _evaluate(eps_q, eps, folds=1)
+
+
+class ChoiceTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ('noise', 'none', lambda rng, q: 0),
+    ('bias', 'tensor bias', lambda rng, q: 0.5),
+    ('channels', 'channel bias', lambda rng, q: np.array([0.5, 0.0, -0.5])),
+    ('gain', 'tensor gain+bias', lambda rng, q: 0.5 * q),
+    (
+      'gains',
+      'channel gain+bias',
+      lambda rng, q: np.array([0.5, 0.0, -0.5]) * q,
+    ),
+  )
+  def test_picks_what_the_error_is_made_of(self, name, predictable):
+    eps_q, eps = _pairs(
+      lambda rng, q: predictable(rng, q) + rng.normal(size=q.shape)
+    )
+    found = _evaluate(eps_q, eps)
+    if name == 'none':
+      self.assertEqual(found.choice()[0], 0)
+      return
+    # Where it holds, a candidate with more freedom may do as well by chance;
+    # it is fitted to the same numbers then.
+    best = found.choice()[0]
+    k = _NAMES.index(name)
+    self.assertGreater(found.r2[0, k], 10 * found.standard_error[0, k])
+    self.assertLess(found.r2[0, best] - found.r2[0, k], 1e-4)
+    poorer = [j for j in range(k) if not (name.startswith('tensor') and j > 2)]
+    self.assertLess(found.r2[0, poorer].max(), found.r2[0, k] - 0.01)
+
+  def test_needs_two_standard_errors(self):
+    eps_q, eps = _pairs(lambda rng, q: 0.5 + rng.normal(size=q.shape), 40)
+    found = _evaluate(eps_q, eps)
+    choices = [
+      dataclasses.replace(
+        found, standard_error=np.full((1, 5), found.r2.max() / few)
+      ).choice()[0]
+      for few in (1.9, 2.1)
+    ]
+    self.assertEqual(choices, [0, np.argmax(found.r2[0])])
+
+
+class FileTest(parameterized.TestCase):
+  def test_round_trip_and_refusals(self):
+    eps_q, eps = _pairs(lambda rng, q: rng.normal(size=q.shape), 8)
+    found = _evaluate(eps_q, eps, settings={'bits': 4})
+    folder = self.enter_context(tempfile.TemporaryDirectory())
+    path = pathlib.Path(folder) / 'held_out.npz'
+    found.save(path)
+    again = selection.HeldOut.load(path, {'bits': 4})
+    self.assertEqual(again.settings, {'bits': 4})
+    for name in found.names():
+      np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
+    with self.assertRaisesRegex(ValueError, 'bits: 4, not 8'):
+      selection.HeldOut.load(path, {'bits': 8})
+    with self.assertRaisesRegex(ValueError, "'d2dpm_jax.held_out' version 1"):
+      gaussian.ErrorModel.load(path)
+    for message, change in (
+      ('gain has shape', {'gain': np.zeros((1, 4, 3))}),
+      ('bias has shape', {'bias': np.zeros((1, 5, 2))}),
+      ('r2 has shape', {'r2': np.zeros((1, 4))}),
+      ('standard_error is negative', {'standard_error': -np.ones((1, 5))}),
+      ('not finite', {'r2': np.full((1, 5), np.nan)}),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        dataclasses.replace(found, **change)
+
+  def test_table_for_people(self):
+    eps_q, eps = _pairs(
+      lambda rng, q: [0.5, 0.0, -0.5] + rng.normal(size=q.shape)
+    )
+    found = _evaluate(eps_q, eps)
+    later = dataclasses.replace(found, timesteps=[951])
+    table = selection.format_table(selection.HeldOut.join([later, found]))
+    header, first, second = table.splitlines()
+    for name in _NAMES[1:]:
+      self.assertIn(name, header)
+    self.assertRegex(first, r'^  951 .* 1[345]\.\d \+- 0\.\d .* channel ')
+    self.assertRegex(second, r'^    1 ')
+    self.assertEqual({len(header.split('  best')[0])}, {first.index('  chan')})
+
+
+if __name__ == '__main__':
+  absltest.main()
