@@ -10,7 +10,7 @@ import numpy as np
 
 from d2dpm_jax.denoising import correction as corrections
 from d2dpm_jax.diffusion import noise
-from d2dpm_jax.pipelines import artifacts, generation, setup
+from d2dpm_jax.pipelines import artifacts, generation, setup, statistics
 from d2dpm_jax.runtime import files, images, progress
 
 _log = logging.getLogger(__name__)
@@ -76,9 +76,9 @@ def _warn_of_other_points(
   errors = quantized.statistics(settings.correction, settings.channel_wise)
   collected = {} if errors is None else errors.settings.get('statistics', {})
   different = [
-    f'sample.{name}={value!r}'
-    for name, value in collected.items()
-    if name != 'trajectory' and value != settings[name]
+    f'sample.{name}={collected[name]!r}'
+    for name, value in statistics.corrected_with(settings).items()
+    if collected.get(name, value) != value
   ]
   if different:
     _log.warning(

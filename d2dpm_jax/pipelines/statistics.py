@@ -17,7 +17,7 @@ import numpy as np
 
 from d2dpm_jax.denoising import correction as corrections
 from d2dpm_jax.denoising import gaussian, selection
-from d2dpm_jax.diffusion import noise
+from d2dpm_jax.diffusion import ddim, noise
 from d2dpm_jax.pipelines import artifacts, generation, setup, trajectories
 from d2dpm_jax.quantization import transform
 from d2dpm_jax.runtime import files, progress
@@ -36,13 +36,6 @@ class Statistics(NamedTuple):
 
   error_models: dict[str, gaussian.ErrorModel]
   held_out: selection.HeldOut
-
-  def used_by(
-    self, correction: str, channel_wise: bool
-  ) -> gaussian.ErrorModel | selection.HeldOut:
-    if correction == 'auto':
-      return self.held_out
-    return self.error_models['channel' if channel_wise else 'tensor']
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -112,10 +105,17 @@ def collection_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
   trajectory = config.statistics.trajectory
   if trajectory == 'fp':
     return {'trajectory': trajectory}
-  names = ('correction', 'channel_wise', 'absorb_variance')
+  return {'trajectory': trajectory, **corrected_with(config.sample)}
+
+
+def corrected_with(settings: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What of `config.sample` decides where the quantized network goes."""
+  kind = settings.correction
   return {
-    'trajectory': trajectory,
-    **{name: config.sample[name] for name in names},
+    'correction': kind,
+    # The others know no difference.
+    'channel_wise': settings.channel_wise and kind not in ('none', 'auto'),
+    'absorb_variance': settings.absorb_variance,
   }
 
 
@@ -190,6 +190,29 @@ def _fit_full_precision(
   return _fit(timesteps.tolist(), pairs, model)
 
 
+def _step_inputs(
+  inputs: generation.Inputs, rows: ddim.Rows, step: int, correct: Any = None
+) -> generation.StepInputs:
+  row = jax.tree.map(lambda column: column[step], rows)
+  return generation.StepInputs(inputs._replace(correction_rows=correct), row)
+
+
+def _correction_row(
+  found: Statistics, settings: ml_collections.ConfigDict, t: int
+) -> Any:
+  """That of `settings.correction` at timestep t."""
+  kind = settings.correction
+  errors = (
+    found.held_out
+    if kind == 'auto'
+    else found.error_models['channel' if settings.channel_wise else 'tensor']
+  )
+  table = corrections.correction_rows(
+    errors, kind, [t], settings.absorb_variance
+  )
+  return jax.tree.map(lambda column: column[0], table)
+
+
 def _fit_quantized(
   model: setup.Model,
   qstate: transform.QuantState,
@@ -212,12 +235,14 @@ def _fit_quantized(
   }
   trajectories.claim(directory, {**settings_of(model), 'statistics': collected})
   rows = generation.rows_of(model.ldm, model.sampler)
-  kind = config.sample.correction
   networks = generation.pair_program(
     model.ldm, model.sampler, config.sample.microbatch
   )
   advance = generation.advance_program(
-    model.ldm, model.sampler, kind, config.sample.microbatch
+    model.ldm,
+    model.sampler,
+    config.sample.correction,
+    config.sample.microbatch,
   )
   inputs = jax.device_put(
     generation.Inputs(
@@ -232,19 +257,10 @@ def _fit_quantized(
   total = config.statistics.num_samples * len(rows.t)
   with progress.progress('statistics', total, 'evaluation') as bar:
     for step, t in enumerate(rows.t.tolist()):
-      row = jax.tree.map(lambda column, i=step: column[i], rows)
-      here = generation.StepInputs(inputs, row)
+      here = _step_inputs(inputs, rows, step)
       if found:
-        table = corrections.correction_rows(
-          found[-1].used_by(kind, config.sample.channel_wise),
-          kind,
-          rows.t[step - 1 : step],
-          config.sample.absorb_variance,
-        )
-        before = generation.StepInputs(
-          inputs._replace(correction_rows=jax.tree.map(lambda c: c[0], table)),
-          jax.tree.map(lambda column, i=step: column[i - 1], rows),
-        )
+        correct = _correction_row(found[-1], config.sample, rows.t[step - 1])
+        before = _step_inputs(inputs, rows, step - 1, correct)
       for start, count, batch in _batches(model, spool):
         names = ('x', 'eps', 'eps_q')
         stems = [f'{step:03d}.{start:06d}.{name}' for name in names]

@@ -89,6 +89,38 @@ def test_statistics_of_another_sampler_are_refused(tiny, calibrated):
     sample.batch_runner(quantized, 'd-d2', False, False, 2, 0)
 
 
+def test_statistics_of_other_points_are_named(calibrated, tiny, caplog):
+  """Of quantized trajectories with another correction than is sampled with."""
+  collected = {'trajectory': 'quantized', 'correction': 'd-d2'}
+  collected |= {'channel_wise': True, 'absorb_variance': False}
+  error_models = {
+    kind: dataclasses.replace(
+      error_model, settings={**error_model.settings, 'statistics': collected}
+    )
+    for kind, error_model in calibrated.quantized.error_models.items()
+  }
+  quantized = dataclasses.replace(
+    calibrated.quantized, error_models=error_models
+  )
+  said = {}
+  for correction, channel_wise in (
+    ('d-d2', True),
+    ('d-d2', False),
+    ('ptqd', True),
+    ('none', False),
+    ('auto', True),  # Its statistics were collected with full precision.
+  ):
+    settings = tiny.config(
+      sample__correction=correction, sample__channel_wise=channel_wise
+    ).sample
+    caplog.clear()
+    sample._warn_of_other_points(quantized, settings)
+    said[correction, channel_wise] = caplog.text
+  assert 'sample.channel_wise=True;' in said.pop(('d-d2', False))
+  assert "sample.correction='d-d2';" in said.pop(('ptqd', True))
+  assert not any(said.values())
+
+
 @pytest.mark.parametrize('labels', [[0, 4], [-1, 2]])
 def test_labels_the_model_does_not_have(calibrated, labels):
   with pytest.raises(ValueError, match='has the classes 0..3'):
