@@ -10,7 +10,7 @@ GOLDEN_SOURCES ?= golden-sources
 # One process a core, and no oversubscription inside each.
 TEST_WORKERS ?= 2
 
-.PHONY: demo golden test lint types format clean help
+.PHONY: demo golden test test-slow lint types format clean help
 
 help:  ## Lists the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -32,6 +32,9 @@ demo: $(VENV)/.run  ## Calibrates the embedded model and draws the comparison.
 
 test: $(VENV)/.dev  ## Runs the tests: 2 cores, under 10 minutes.
 	$(RUN) -m pytest -n $(TEST_WORKERS) --dist loadfile
+
+test-slow: $(VENV)/.dev  ## Runs the tests that take minutes each.
+	$(RUN) -m pytest -m slow
 
 golden:  ## Re-makes and compares reference arrays; tests/golden/README.md.
 	$(TORCH) tests/golden/remake.py $(GOLDEN_SOURCES)

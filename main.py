@@ -48,7 +48,7 @@ def _pipeline(mode: str | None):
     close = difflib.get_close_matches(mode, MODES, 1)
     hint = f' Did you mean {close[0]!r}?' if close else ''
     raise ValueError(f'--mode {mode!r}: expected {", ".join(MODES)}.{hint}')
-  importlib.import_module('d2dpm_jax.runtime.devices').use_compilation_cache()
+  importlib.import_module('d2dpm_jax.runtime.devices').configure()
   return importlib.import_module(f'd2dpm_jax.pipelines.{mode}')
 
 

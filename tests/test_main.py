@@ -1,20 +1,25 @@
 """The command line, as users run it: one process per command, one device."""
 
+import io
 import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
-from helpers import contents
+from helpers import assert_trees_equal, contents
 from PIL import Image
+
+from d2dpm_jax.pipelines import artifacts
+from d2dpm_jax.runtime import files
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _CONFIG = 'tests/tiny_config.py'
 
 
-def _main(*args, **options):
+def _main(*args, call=subprocess.run, **options):
   flags = os.environ.get('XLA_FLAGS', '').split()
   env = {
     **os.environ,
@@ -22,13 +27,10 @@ def _main(*args, **options):
     # Half the time to compile; the programs are the same.
     'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
   }
-  return subprocess.run(
-    [sys.executable, 'main.py', *map(str, args)],
-    cwd=_ROOT,
-    env=env,
-    capture_output=True,
-    text=True,
-    **options,
+  if call is subprocess.run:
+    options.update(capture_output=True, text=True)
+  return call(
+    [sys.executable, 'main.py', *map(str, args)], cwd=_ROOT, env=env, **options
   )
 
 
@@ -37,10 +39,10 @@ def command(tiny, tmp_path_factory):
   """Runs a mode on the tiny model with few quantized layers."""
   workdir = tmp_path_factory.mktemp('main') / 'work'
 
-  def run(mode, *args, workdir=workdir):
+  def run(mode, *args, workdir=workdir, **options):
     return _main(
       '--config', f'{_CONFIG}:few', '--mode', mode, '--workdir', workdir,
-      f'--config.checkpoint.path={tiny.weights}', *args,
+      f'--config.checkpoint.path={tiny.weights}', *args, **options,
     )  # fmt: skip
 
   run.workdir = workdir
@@ -85,6 +87,64 @@ def test_calibrate_says_what_it_does(finished):
   for part in ('trajectories', 'quantization', 'statistics', '--mode sample'):
     assert part in said
   assert 'Wrote' in said
+
+
+def _results(found):
+  """Of a calibration: what sampling reads, and stored units but for times."""
+  kept = {}
+  for name, data in found.items():
+    if name.startswith('calibration/units/'):
+      with np.load(io.BytesIO(data)) as file:
+        kept[name] = {
+          key: array.tobytes()
+          for key, array in file.items()
+          if key != 'report:seconds'
+        }
+    elif name.endswith('.npz') or '/trajectories/' in name:
+      kept[name] = data
+  return kept
+
+
+# Files in the calibration directory at which the process is killed.
+_FEW_KILLS = (6, 13)
+_MANY_KILLS = (2, 3, 5, 7, 8, 9, 11, 12, 13, 14, 15, 16)
+
+
+@pytest.mark.parametrize(
+  'kills', [_FEW_KILLS, pytest.param(_MANY_KILLS, marks=pytest.mark.slow)]
+)
+def test_a_killed_calibration_ends_with_the_same_arrays(
+  finished, command, tiny, tmp_path, kills
+):
+  """SIGKILL, the same command again, in the end the same bits."""
+  workdir = tmp_path / 'work'
+  for count in kills:
+    process = command(
+      'calibrate',
+      workdir=workdir,
+      call=subprocess.Popen,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+    )
+    while len(contents(workdir / 'calibration')) < count:
+      assert process.poll() is None, f'ended before there were {count} files'
+      time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (workdir / 'quantized').exists()
+  done = command('calibrate', workdir=workdir)
+  assert done.returncode == 0, done.stderr
+  found, want = contents(workdir), finished['files']['calibrate']
+  assert _results(found) == _results(want)
+  # Nothing half-written is left: the same files, but for Orbax's own names.
+  assert [n for n in found if not n.startswith('quantized')] == [
+    n for n in want if not n.startswith('quantized')
+  ]
+  loaded = [
+    artifacts.load(tiny.with_config('few'), files.Workdir.at(folder)).qstate
+    for folder in (workdir, command.workdir)
+  ]
+  assert_trees_equal(*loaded)
 
 
 def test_sample_writes_images_and_labels(finished, command):

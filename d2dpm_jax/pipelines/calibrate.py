@@ -35,12 +35,20 @@ def calibrate(model: setup.Model, paths: files.Workdir) -> artifacts.Quantized:
   after an interruption goes on there.
 
   Raises:
-    ValueError: bad settings, or `paths` holds a calibration made with others.
+    ValueError: bad settings, `paths` holds a calibration made with others, or
+      another process is at work there.
   """
-  config = model.config
   _check(model)
-  trajectories.claim(paths.calibration, _settings(model))
-  setup.begin(config, paths)
+  with files.claimed(paths.calibration):
+    trajectories.claim(paths.calibration, _settings(model))
+    setup.begin(model.config, paths)
+    return _run_phases(model, paths)
+
+
+def _run_phases(
+  model: setup.Model, paths: files.Workdir
+) -> artifacts.Quantized:
+  config = model.config
   times = progress.Times()
   with times.phase('trajectories'):
     spool = trajectories.collect(

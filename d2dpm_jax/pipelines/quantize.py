@@ -88,7 +88,7 @@ def quantize(
       on_unit_done=on_unit_done,
       resume=resume,
     )
-  _report(result, paths)
+  report(result, paths)
   return result.state
 
 
@@ -137,7 +137,7 @@ def plan_memory(
   """
   need = memory.predict(apply, variables, table, inputs, settings, block_types)
   devices = reconstruction.streams_of(len(inputs[0]), settings).num_devices
-  free, where = _device_memory()
+  free, where = device_memory()
   on_host = settings.host_streams
   if on_host is None:
     on_host = need.on_device(False, devices) > _SHARE * free
@@ -156,7 +156,7 @@ def plan_memory(
   problem = ''
   if on_device > free:
     problem = f'{on_device / 1e9:.1f} GB of {free / 1e9:.1f} GB on a device'
-  elif on_host and need.streams > (total := _host_memory()):
+  elif on_host and need.streams > (total := host_memory()):
     problem = (
       f'{need.streams / 1e9:.1f} of the {total / 1e9:.1f} GB of the host'
     )
@@ -168,15 +168,15 @@ def plan_memory(
   return dataclasses.replace(settings, host_streams=on_host)
 
 
-def _device_memory() -> tuple[float, str]:
+def device_memory() -> tuple[float, str]:
   """Bytes of a device's memory, and 'device' or 'host'."""
   stats = jax.local_devices()[0].memory_stats() or {}
   if 'bytes_limit' in stats:
     return float(stats['bytes_limit']), 'device'
-  return _host_memory(), 'host'
+  return host_memory(), 'host'
 
 
-def _host_memory() -> float:
+def host_memory() -> float:
   """Bytes; infinite where the system does not tell."""
   try:
     return float(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
@@ -191,7 +191,7 @@ def _write_table(path: pathlib.Path, text: str) -> None:
   _log.info('%s (all of it: %s)', text.splitlines()[-1], path)
 
 
-def _report(result: reconstruction.Result, paths: files.Workdir) -> None:
+def report(result: reconstruction.Result, paths: files.Workdir) -> None:
   """Table, plot and summary of all units; warns of those not improved."""
   text = reconstruction.format_reports(result.reports, result.snr_db)
   _write_table(paths.unit_table, text)

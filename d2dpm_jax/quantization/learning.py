@@ -77,22 +77,14 @@ def _lp_loss(
   return jnp.sum(jnp.stack(jax.tree.leaves(losses)), axis=0)
 
 
-@functools.partial(jax.jit, static_argnames='call')
+@jax.jit
 def measure(
-  call: Call,
-  p: Array | float,
-  variables: Any,
-  grids: Grids,
-  batch: Any,
-  whole: Any,
-  target: Any,
-  importance: Any,
+  pred: Any, target: Any, p: Array | float, importance: Any = None
 ) -> tuple[Array, Array]:
   """L_p loss of each row, and the same norm of its target; float32[rows]."""
-  out = _quantized_call(call, variables, grids, batch, whole)
   zero = jax.tree.map(jnp.zeros_like, target)
   return (
-    _lp_loss(out, target, p, importance),
+    _lp_loss(pred, target, p, importance),
     _lp_loss(zero, target, p, importance),
   )
 

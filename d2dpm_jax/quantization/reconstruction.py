@@ -420,16 +420,15 @@ class _Reconstruction:
     total = np.zeros(2)
     for rows, repeated in self.streams.chunks(0, self.streams.samples):
       target, weights = self.streams.pick((visit.out, norm.importance), rows)
-      found = learning.measure(
+      # Not one program: the forward is compiled already.
+      out = learning.forward(
         visit.call,
-        norm.p,
         variables,
         grids,
         self.streams.pick(visit.batch, norm.first + rows),
         visit.whole,
-        target,
-        weights,
       )
+      found = learning.measure(out, target, norm.p, weights)
       total += [np.sum(np.asarray(x, float)[repeated:]) for x in found]
     loss, signal = total / self.streams.samples
     return float(loss), float(signal)

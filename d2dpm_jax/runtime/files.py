@@ -12,6 +12,13 @@ from typing import IO, Any
 
 import numpy as np
 
+try:
+  import fcntl
+except ImportError:  # Windows: nothing keeps two processes apart there.
+  fcntl = None  # type: ignore[assignment]
+
+_TEMPORARY = '.unfinished'
+
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
@@ -117,7 +124,7 @@ def atomic_write(
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   descriptor, temporary = tempfile.mkstemp(
-    dir=path.parent, prefix=f'.{path.name}.'
+    dir=path.parent, prefix=f'.{path.name}.', suffix=_TEMPORARY
   )
   try:
     with os.fdopen(descriptor, mode) as file:
@@ -136,6 +143,30 @@ def _umask() -> int:
   value = os.umask(0)
   os.umask(value)
   return value
+
+
+@contextlib.contextmanager
+def claimed(directory: pathlib.Path) -> Iterator[None]:
+  """Keeps a directory to this process; others are refused, none waits.
+
+  A process that is killed lets go. What it was writing is removed.
+
+  Raises:
+    ValueError: another process has it.
+  """
+  directory.mkdir(parents=True, exist_ok=True)
+  with open(directory / '.lock', 'w') as file:
+    if fcntl is not None:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except OSError as error:
+        raise ValueError(
+          f'Another process writes into {directory}. Wait for it, or choose '
+          'another --workdir.'
+        ) from error
+    for path in directory.rglob(f'.*{_TEMPORARY}'):
+      path.unlink(missing_ok=True)
+    yield
 
 
 _CHECK = b'crc32'  # Before the checksum, behind the array.

@@ -2,9 +2,13 @@
 
 import contextlib
 import dataclasses
+import errno
+import functools
+import json
 import logging
 import shutil
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +18,7 @@ from helpers import (
   assert_trees_equal,
   contents,
 )
+from PIL import Image
 
 from d2dpm_jax.denoising import gaussian
 from d2dpm_jax.diffusion import noise
@@ -21,10 +26,18 @@ from d2dpm_jax.pipelines import (
   artifacts,
   calibrate,
   generation,
+  layer_bits,
   quantize,
   trajectories,
 )
-from d2dpm_jax.quantization import transform
+from d2dpm_jax.quantization import (
+  adaround,
+  memory,
+  policy,
+  reconstruction,
+  transform,
+  units,
+)
 from d2dpm_jax.runtime import files, progress
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
@@ -261,12 +274,154 @@ def test_missing_and_damaged_units_are_made_again(
   stored[4].write_bytes(stored[4].read_bytes()[:-50])
   stored[-2].unlink()
   (copy.calibration / 'eps_q' / '000008.npy').unlink()
+  # One bit of an array: the file is whole, and would be read without a word.
+  flipped = bytearray((copy.trajectories / '000000.eps.npy').read_bytes())
+  flipped[-4000] ^= 4
+  (copy.trajectories / '000000.eps.npy').write_bytes(flipped)
   with caplog.at_level(logging.WARNING, 'd2dpm_jax'):
     quantized = calibrate.calibrate(tiny.model, copy)
   _assert_same_calibration(copy, quantized, calibrated)
   warnings = [r.getMessage() for r in caplog.records if 'damaged' in r.msg]
-  assert len(warnings) == 2
-  assert stored[1].name in warnings[0] + warnings[1]
+  assert len(warnings) == 3
+  for name in (stored[1].name, stored[4].name, '000000.eps.npy'):
+    assert name in ' '.join(warnings)
+
+
+def test_a_full_disk_is_told_and_costs_nothing(
+  tiny, calibrated, tmp_path, monkeypatch
+):
+  """The third unit does not fit: what was done is there, and is taken over."""
+  paths = files.Workdir.at(tmp_path / 'work')
+  plain, saved = np.savez, []
+
+  def savez(file, **arrays):
+    plain(file, **arrays)
+    saved.append(file)
+    if len(saved) == 3:
+      raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(np, 'savez', savez)
+    with pytest.raises(OSError, match='No space left'):
+      calibrate.calibrate(tiny.model, paths)
+  assert len(_units(paths)) == 2
+  assert not list(paths.root.rglob('.*.unfinished'))
+  quantized = calibrate.calibrate(tiny.model, paths)
+  _assert_same_calibration(paths, quantized, calibrated)
+
+
+def test_two_calibrations_do_not_share_a_directory(copy, tiny):
+  with files.claimed(copy.calibration):
+    with pytest.raises(ValueError, match='Another process writes into'):
+      calibrate.calibrate(tiny.model, copy)
+
+
+# ---- What is told of it.
+
+
+def test_units_leave_metrics_a_plot_and_a_summary(calibrated):
+  directory = calibrated.paths.calibration
+  lines = (directory / 'metrics.jsonl').read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  stored = _units(calibrated.paths)
+  assert [row['step'] for row in rows] == list(range(len(stored)))
+  for row in rows:
+    arrays = stored[f'{row["unit"].replace("/", ".")}.npz']
+    assert row['loss_before'] == arrays['report:loss_before']
+    assert row['loss_after'] == arrays['report:loss_after']
+    assert row['compile_seconds'] >= 0
+  with Image.open(calibrated.paths.unit_plot) as picture:
+    picture.load()
+    assert min(picture.size) > 300 and np.asarray(picture).std() > 10
+  summary = files.read_json(calibrated.paths.unit_summary)
+  assert summary['snr_db']['weight'] > summary['snr_db']['act'] > 0
+  table = calibrated.paths.unit_table.read_text()
+  assert f'{summary["snr_db"]["act"]:.2f} dB after act' in table
+
+
+def test_units_that_learning_did_not_improve_are_warned_of(caplog, tmp_path):
+  unit = units.Unit('block', 'ResBlock', ('block/conv',), learned=True)
+  facts = dict(signal=1.0, flipped=0.0, kept_initial=True, seconds=1.0)
+  reports = [
+    reconstruction.UnitReport(unit, 'weight', 0.5, 0.5, **facts),
+    reconstruction.UnitReport(
+      unit, 'act', 0.5, 0.4, **(facts | {'kept_initial': False})
+    ),
+  ]
+  result = reconstruction.Result({}, reports, {'weight': 3.0, 'act': 2.0})
+  paths = files.Workdir.at(tmp_path)
+  with caplog.at_level(logging.WARNING, 'd2dpm_jax'):
+    quantize.report(result, paths)
+  (warning,) = [r.getMessage() for r in caplog.records]
+  assert 'did not improve 1 unit' in warning and 'weight/block' in warning
+  assert files.read_json(paths.unit_summary)['not_improved'] == ['weight/block']
+
+
+def test_memory_that_is_not_there_is_told_before_the_work(tiny, monkeypatch):
+  apply = tiny.model.ldm.unet.apply
+  table, _ = layer_bits.layer_policy(tiny.model)
+  settings = quantize.reconstruction_settings(tiny.model.config.quant)
+  variables = {'params': tiny.model.params['unet']}
+  inputs = (
+    np.zeros([4000, 4, 4, 3], np.float32),
+    np.zeros([4000], np.int32),
+    np.zeros([4000, 1, 16], np.float32),
+  )
+  plan = functools.partial(
+    quantize.plan_memory, apply, variables, table, inputs, settings
+  )
+  types = tuple(tiny.model.config.quant.block_types)
+  need = memory.predict(apply, variables, table, inputs, settings, types)
+  monkeypatch.setattr(quantize, 'host_memory', lambda: 1e12)
+  found = {}
+  for name, free in {
+    'roomy': 100 * need.on_device(False, 1),
+    'tight': 1.05 * need.on_device(True, 1),
+    'small': 0.9 * need.on_device(True, 1),
+  }.items():
+    monkeypatch.setattr(
+      quantize, 'device_memory', lambda free=free: (free, 'device')
+    )
+    if name == 'small':
+      with pytest.raises(ValueError, match='lower --config.calibration.num_sa'):
+        plan(types)
+    else:
+      found[name] = plan(types).host_streams
+  assert found == {'roomy': False, 'tight': True}
+
+
+def test_predicted_memory_is_that_of_the_arrays(tiny):
+  """A network whose peak can be told by hand: two layers and a skip."""
+
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      h = nn.Dense(64, name='a')(x)
+      y = nn.Dense(8, name='b')(h)
+      return nn.Dense(4, name='c')(jnp.concatenate([y, h], -1))
+
+  net, x = Net(), jax.ShapeDtypeStruct((100, 16), np.float32)
+  variables = jax.eval_shape(net.init, jax.random.key(0), x)
+  table = {name: policy.LayerBits(4, 8) for name in 'abc'}
+  need = memory.predict(
+    net.apply, variables, table, (x,), adaround.Settings(chunk=10)
+  )
+  # Alive at the concatenation: h, y and both together.
+  assert need.streams == 2 * 100 * 4 * (64 + 8 + 72)
+  assert need.unit == 2 * 100 * 4 * (16 + 64)
+  assert need.weights == 4 * (16 * 64 + 64 + 64 * 8 + 8 + 72 * 4 + 4)
+
+
+def test_labels_of_calibration_are_balanced_or_drawn():
+  index = np.arange(40)
+  balanced = trajectories.draw_labels(3, index, 10, True)
+  np.testing.assert_array_equal(np.bincount(balanced), [4] * 10)
+  drawn = trajectories.draw_labels(3, index, 10, False)
+  assert drawn.min() >= 0 and drawn.max() < 10
+  assert len(set(np.bincount(drawn, minlength=10))) > 1
+  np.testing.assert_array_equal(
+    trajectories.draw_labels(3, index[5:9], 10, False), drawn[5:9]
+  )
 
 
 # ---- On disk.

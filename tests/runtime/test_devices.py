@@ -1,5 +1,7 @@
 """Eight simulated devices: copies, splits, and where programs are kept."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,20 @@ def test_compilation_cache_is_the_users_choice(monkeypatch):
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', '')  # Means none.
   devices.use_compilation_cache()
   assert not calls
+
+
+def test_flags_of_the_user_are_kept(monkeypatch):
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', '')
+  monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_autotune_level=2')
+  devices.configure()
+  flags = os.environ['XLA_FLAGS'].split()
+  assert flags[0] == '--xla_gpu_autotune_level=2' and len(flags) == 2
+  assert flags[1] == '--xla_gpu_enable_triton_gemm=false'
+  devices.configure()
+  assert os.environ['XLA_FLAGS'].split() == flags
+  monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_enable_triton_gemm=true')
+  devices.configure()
+  assert os.environ['XLA_FLAGS'] == '--xla_gpu_enable_triton_gemm=true'
 
 
 def test_a_batch_that_does_not_divide_keeps_every_row():
