@@ -1,4 +1,18 @@
-"""The fields that every experiment has, with the defaults they share."""
+"""The fields that every experiment has, with the defaults they share.
+
+The argument of a config file is words with commas between, in any order:
+
+  full, fast             the best we have; a short calibration
+  paper_w4a8, paper_w8a8 as the paper's released scripts quantize
+  s3_eta0_20             guidance scale 3, eta 0, 20 DDIM steps
+  eta1_200               the same of an unconditional model, without guidance
+
+so `configs/imagenet.py:paper_w4a8,s3_eta1_20`. What is not named stays as the
+file has it.
+"""
+
+import re
+from typing import Any
 
 import ml_collections
 
@@ -26,49 +40,153 @@ VQ_F4 = dict(
 )
 
 
-# Argument of a config file -> bits of the weights.
-WEIGHT_BITS = {'': 4, 'full': 4, 'fast': 4, 'paper_w4a8': 4, 'paper_w8a8': 8}
+# Word for how to quantize -> bits of the weights.
+WEIGHT_BITS = {'full': 4, 'fast': 4, 'paper_w4a8': 4, 'paper_w8a8': 8}
+
+_NUMBER = r'\d+(?:\.\d+)?'
+_SAMPLER = re.compile(rf'(?:s({_NUMBER})_)?eta({_NUMBER})_([1-9]\d*)')
 
 
-def base_config(arg: str = '') -> ml_collections.ConfigDict:
+def base_config(
+  arg: str = '',
+  quantization: str = 'full',
+  sampler: str = 's3_eta0_20',
+  paper_float_layers: str = FLOAT_LAYERS,
+) -> ml_collections.ConfigDict:
   """Everything but the model, which each experiment adds.
 
   Args:
-    arg: '' or 'full' for the best we have, 'fast' for a short calibration,
-      'paper_w4a8' and 'paper_w8a8' to quantize as the paper's released scripts.
+    arg: words, see the top of this file.
+    quantization: word for what is meant without one.
+    sampler: likewise; whether it has a guidance scale says whether the model
+      is conditional.
+    paper_float_layers: `quant.float_layers` of the words paper_*.
 
   Raises:
-    ValueError: any other argument.
+    ValueError: unknown words, or several that say the same thing.
   """
-  if arg not in WEIGHT_BITS:
-    raise ValueError(f'Config argument {arg!r}: expected {list(WEIGHT_BITS)}.')
+  chosen, schedule = parse(arg, quantization, sampler)
   config = ml_collections.ConfigDict()
   # Seed of everything random: noise, label order, mini-batches.
   config.seed = 0
+  config.checkpoint = _checkpoint()
+  # Denoising schedule of sampling and calibration.
+  config.sampler = ml_collections.ConfigDict(schedule)
+  config.quant = _quant(WEIGHT_BITS[chosen])
+  config.calibration = _calibration()
+  config.statistics = _statistics()
+  config.sample = _sample()
+  config.evaluate = _evaluate()
+  config.benchmark = _benchmark()
+  if chosen == 'fast':
+    _set_fast_quantization(config)
+  elif chosen.startswith('paper'):
+    _set_paper_quantization(config, paper_float_layers)
+  return config
 
-  # Where the weights are: 'pretrained:mnist' (embedded), a directory written
-  # by --mode train or convert, '' for <workdir>/params, or 'random:<seed>'
-  # for benchmarks without weights.
-  config.checkpoint = ml_collections.ConfigDict()
-  config.checkpoint.path = ''
+
+def parse(
+  arg: str, quantization: str, sampler: str
+) -> tuple[str, dict[str, Any]]:
+  """Reads the argument of a config file.
+
+  Args:
+    arg: words, see the top of this file.
+    quantization: what is meant without such a word.
+    sampler: likewise.
+
+  Returns:
+    A key of WEIGHT_BITS, and the fields of `config.sampler`.
+
+  Raises:
+    ValueError: unknown words, or several that say the same thing.
+  """
+  conditional = sampler.startswith('s')
+  quantizations, samplers = [], []
+  for word in arg.split(',') if arg else ():
+    if word in WEIGHT_BITS:
+      quantizations.append(word)
+    elif is_sampler(word, conditional):
+      samplers.append(word)
+    else:
+      raise ValueError(
+        f'Config argument {arg!r}: {word!r} is unknown; '
+        f'{_choices(conditional)}.'
+      )
+  for words in (quantizations, samplers):
+    if len(words) > 1:
+      raise ValueError(
+        f'Config argument {arg!r}: {" and ".join(words)} contradict each '
+        f'other; {_choices(conditional)}.'
+      )
+  return (
+    quantizations[0] if quantizations else quantization,
+    sampler_fields(samplers[0] if samplers else sampler),
+  )
+
+
+def is_sampler(word: str, conditional: bool) -> bool:
+  """Whether a word names a sampler of such a model."""
+  match = _SAMPLER.fullmatch(word)
+  return match is not None and (match[1] is not None) == conditional
+
+
+def sampler_fields(word: str) -> dict[str, Any]:
+  """The fields of `config.sampler` that a word names.
+
+  Raises:
+    ValueError: it names none.
+  """
+  match = _SAMPLER.fullmatch(word)
+  if match is None:
+    raise ValueError(
+      f'Sampler {word!r}: expected s<guidance scale>_eta<eta>_<steps>, or '
+      'eta<eta>_<steps> without guidance.'
+    )
+  scale, eta, steps = match.groups()
+  return dict(
+    steps=int(steps),
+    eta=float(eta),
+    guidance_scale=1.0 if scale is None else float(scale),
+  )
+
+
+def _choices(conditional: bool) -> str:
+  """What an argument may hold, in words."""
+  form, example = (
+    ('s<guidance scale>_eta<eta>_<steps>', 's3_eta0_20')
+    if conditional
+    else ('eta<eta>_<steps>', 'eta1_200')
+  )
+  return (
+    f'expected at most one of {", ".join(WEIGHT_BITS)} and one sampler '
+    f'{form}, such as {example}'
+  )
+
+
+def _checkpoint() -> ml_collections.ConfigDict:
+  """Where the weights are."""
+  checkpoint = ml_collections.ConfigDict()
+  # 'pretrained:mnist' (embedded), a directory written by --mode train or
+  # convert, '' for <workdir>/params, or 'random:<seed>' for benchmarks
+  # without weights.
+  checkpoint.path = ''
   # Read by --mode convert: a PyTorch checkpoint of latent diffusion (.ckpt, or
   # a .zip or folder that holds one), and which weights of it.
-  config.checkpoint.torch_path = ''
-  config.checkpoint.use_ema = True  # where it has them; False: the raw ones
+  checkpoint.torch_path = ''
+  checkpoint.use_ema = True  # where it has them; False: the raw ones
   # Of a checkpoint that holds no scale_factor; None: it has to hold one.
-  config.checkpoint.scale_factor = ml_collections.config_dict.placeholder(float)
-  config.checkpoint.scale_factor = 1.0
+  checkpoint.scale_factor = ml_collections.config_dict.placeholder(float)
+  checkpoint.scale_factor = 1.0
   # The original YAML of the model, in place of `config.model`; in every mode.
-  config.checkpoint.ldm_yaml = ''
+  checkpoint.ldm_yaml = ''
+  return checkpoint
 
-  # Denoising schedule of sampling and calibration.
-  config.sampler = ml_collections.ConfigDict()
-  config.sampler.steps = 20
-  config.sampler.eta = 0.0
-  config.sampler.guidance_scale = 3.0
 
-  config.quant = quant = ml_collections.ConfigDict()
-  quant.weight_bits = WEIGHT_BITS[arg]  # 2..8
+def _quant(weight_bits: int) -> ml_collections.ConfigDict:
+  """Which layers get how many bits, and how they get them."""
+  quant = ml_collections.ConfigDict()
+  quant.weight_bits = weight_bits  # 2..8
   quant.act_bits = 8  # 2..8; of the inputs of quantized layers
   quant.edge_bits = 8  # weights and inputs of `edge_layers`
   quant.edge_layers = EDGE_LAYERS  # regex: first and last layers
@@ -80,9 +198,17 @@ def base_config(arg: str = '') -> ml_collections.ConfigDict:
   # Modules whose weights are reconstructed together (BRECQ's blocks); every
   # other quantized layer is reconstructed alone, with () all of them.
   quant.block_types = ('ResBlock', 'BasicTransformerBlock')
-  # AdaRound weights, then activation step sizes, unit by unit. These are the
-  # fields of d2dpm_jax.quantization.adaround.Settings, with the paper's values.
-  quant.reconstruction = ml_collections.ConfigDict(
+  quant.reconstruction = _reconstruction()
+  return quant
+
+
+def _reconstruction() -> ml_collections.ConfigDict:
+  """AdaRound weights, then activation step sizes, unit by unit.
+
+  These are the fields of d2dpm_jax.quantization.adaround.Settings, with the
+  paper's values.
+  """
+  return ml_collections.ConfigDict(
     dict(
       iters=10_000,  # per unit; 0 is nearest rounding
       batch_size=32,
@@ -109,23 +235,32 @@ def base_config(arg: str = '') -> ml_collections.ConfigDict:
     )
   )
 
-  # Inputs (x_t, t, c) of the full-precision sampler.
-  config.calibration = ml_collections.ConfigDict()
-  config.calibration.num_samples = 1024
-  config.calibration.timesteps = 'uniform'  # or 'normal' (PTQ4DM)
-  config.calibration.balanced_labels = True  # over classes; False: at random
-  config.calibration.batch_size = 64  # trajectories at a time
 
-  # Joint Gaussian of (eps_q, eps_q - eps) per step.
+def _calibration() -> ml_collections.ConfigDict:
+  """Inputs (x_t, t, c) of the full-precision sampler."""
+  calibration = ml_collections.ConfigDict()
+  calibration.num_samples = 1024
+  calibration.timesteps = 'uniform'  # or 'normal' (PTQ4DM)
+  calibration.balanced_labels = True  # over classes; False: at random
+  calibration.batch_size = 64  # trajectories at a time
+  return calibration
+
+
+def _statistics() -> ml_collections.ConfigDict:
+  """Joint Gaussian of (eps_q, eps_q - eps) per step."""
+  statistics = ml_collections.ConfigDict()
   # 'fp': at points of full-precision trajectories, as the paper; 'quantized':
   # of those of the quantized network with `sample.correction`.
-  config.statistics = ml_collections.ConfigDict()
-  config.statistics.trajectory = 'fp'
-  config.statistics.num_samples = 1024
-  config.statistics.outlier_std = 4.0  # farther from the mean: left out
-  config.statistics.folds = 4  # of images, to try the corrections on others
+  statistics.trajectory = 'fp'
+  statistics.num_samples = 1024
+  statistics.outlier_std = 4.0  # farther from the mean: left out
+  statistics.folds = 4  # of images, to try the corrections on others
+  return statistics
 
-  config.sample = sample = ml_collections.ConfigDict()
+
+def _sample() -> ml_collections.ConfigDict:
+  """Of --mode sample; calibration takes `microbatch` and the correction."""
+  sample = ml_collections.ConfigDict()
   sample.num_images = 64
   sample.batch_size = 64  # images in flight per call, over all devices
   # Images a device computes together, whatever the batch size: rounding
@@ -138,8 +273,12 @@ def base_config(arg: str = '') -> ml_collections.ConfigDict:
   sample.quantized = True  # False: the full-precision network
   sample.labels = ()  # () is balanced over all classes; else cycled
   sample.compare = False  # one picture: fp, quantized, s-d2, d-d2 in rows
+  return sample
 
-  config.evaluate = ml_collections.ConfigDict(
+
+def _evaluate() -> ml_collections.ConfigDict:
+  """What is compared with what, and by which network."""
+  return ml_collections.ConfigDict(
     dict(
       # An .npz (arr_0, arr_1) or a folder of them; '' is the run's samples;
       # 'mnist:test', 'mnist:train[:10000]': images of `train.data`.
@@ -161,20 +300,21 @@ def base_config(arg: str = '') -> ml_collections.ConfigDict:
     )
   )
 
-  config.benchmark = ml_collections.ConfigDict()
+
+def _benchmark() -> ml_collections.ConfigDict:
+  """What is measured."""
+  benchmark = ml_collections.ConfigDict()
   # 'cost': size in MB and bit operations, from shapes alone (docs/cost.md).
-  config.benchmark.what = 'cost'
-
-  if arg == 'fast':
-    _set_fast_quantization(config)
-  elif arg.startswith('paper'):
-    _set_paper_quantization(config)
-  return config
+  benchmark.what = 'cost'
+  return benchmark
 
 
-def _set_paper_quantization(config: ml_collections.ConfigDict) -> None:
+def _set_paper_quantization(
+  config: ml_collections.ConfigDict, float_layers: str
+) -> None:
   """Quantizes as the paper's released scripts do; bits stay as they are."""
   config.quant.per_channel = False  # one range per weight tensor
+  config.quant.float_layers = float_layers
   config.quant.reconstruction.update(batch_size=8, act_batch_size=16)
 
 

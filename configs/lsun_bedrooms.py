@@ -1,6 +1,6 @@
-r"""Unconditional LDM-4 on LSUN-Bedrooms 256x256, W4A8, 200 DDIM steps, eta 1.
+r"""Unconditional LDM-4 on LSUN-Bedrooms 256x256.
 
-Expected of 50,000 samples, arXiv:2501.08180, Table 3:
+Expected of 50,000 samples of eta1_200, the default (arXiv:2501.08180, Table 3):
 
                        FID    sFID   precision  recall
   full precision        3.03   7.03  64.65      47.60
@@ -18,9 +18,14 @@ Weights: lsun_bedrooms.zip, see docs/convert.md. Its moving average is used.
   python main.py --config configs/lsun_bedrooms.py --mode calibrate
   python main.py --config configs/lsun_bedrooms.py --mode sample
 
-`configs/lsun_bedrooms.py:paper_w4a8` and `:paper_w8a8` quantize as the paper's
-released scripts do: attention stays in floating point, and weights have one
-range per tensor.
+`paper_w4a8` and `paper_w8a8` quantize as the paper's released scripts do:
+attention stays in floating point, and weights have one range per tensor. These
+words, and those of other samplers, are the argument, the same in every mode,
+each with a work directory of its own:
+
+  python main.py --config configs/lsun_bedrooms.py:paper_w4a8,eta0_200 \
+      --mode calibrate --workdir out/lsun_bedrooms_eta0 \
+      --config.checkpoint.path=out/lsun_bedrooms/params
 """
 
 import ml_collections
@@ -30,7 +35,11 @@ from configs import common
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """`arg` is that of `common.base_config`."""
-  config = common.base_config(arg)
+  config = common.base_config(
+    arg,
+    sampler='eta1_200',
+    paper_float_layers=common.PAPER_FLOAT_LAYERS_LSUN,
+  )
   config.model = ml_collections.ConfigDict(
     dict(
       image_size=256,
@@ -49,8 +58,5 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
       cond_stage=None,
     )
   )
-  config.sampler.update(steps=200, eta=1.0, guidance_scale=1.0)
   config.evaluate.network = 'inception'
-  if arg.startswith('paper'):
-    config.quant.float_layers = common.PAPER_FLOAT_LAYERS_LSUN
   return config

@@ -1,6 +1,6 @@
-r"""Unconditional LDM-8 on LSUN-Churches 256x256, W4A8, 200 DDIM steps, eta 0.
+r"""Unconditional LDM-8 on LSUN-Churches 256x256.
 
-Expected of 50,000 samples, arXiv:2501.08180, Table 4:
+Expected of 50,000 samples of eta0_200, the default (arXiv:2501.08180, Table 4):
 
                        FID    sFID   precision  recall
   full precision        4.17  12.91  66.00      51.46
@@ -19,9 +19,14 @@ its scale_factor: latents are divided by it before decoding.
   python main.py --config configs/lsun_churches.py --mode calibrate
   python main.py --config configs/lsun_churches.py --mode sample
 
-`configs/lsun_churches.py:paper_w4a8` and `:paper_w8a8` quantize as the paper's
-released scripts do: attention stays in floating point, and weights have one
-range per tensor.
+`paper_w4a8` and `paper_w8a8` quantize as the paper's released scripts do:
+attention stays in floating point, and weights have one range per tensor. These
+words, and those of other samplers, are the argument, the same in every mode,
+each with a work directory of its own:
+
+  python main.py --config configs/lsun_churches.py:paper_w4a8,eta1_200 \
+      --mode calibrate --workdir out/lsun_churches_eta1 \
+      --config.checkpoint.path=out/lsun_churches/params
 """
 
 import ml_collections
@@ -31,7 +36,11 @@ from configs import common
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:
   """`arg` is that of `common.base_config`."""
-  config = common.base_config(arg)
+  config = common.base_config(
+    arg,
+    sampler='eta0_200',
+    paper_float_layers=common.PAPER_FLOAT_LAYERS_LSUN,
+  )
   # Trained with latents scaled to variance 1; the checkpoint knows by how much.
   config.checkpoint.scale_factor = None
   config.model = ml_collections.ConfigDict(
@@ -64,8 +73,5 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
       cond_stage=None,
     )
   )
-  config.sampler.update(steps=200, eta=0.0, guidance_scale=1.0)
   config.evaluate.network = 'inception'
-  if arg.startswith('paper'):
-    config.quant.float_layers = common.PAPER_FLOAT_LAYERS_LSUN
   return config
