@@ -98,7 +98,7 @@ def _results(found):
         kept[name] = {
           key: array.tobytes()
           for key, array in file.items()
-          if key != 'report:seconds'
+          if key not in ('report:seconds', 'report:ms_per_iteration')
         }
     elif name.endswith('.npz') or '/trajectories/' in name:
       kept[name] = data

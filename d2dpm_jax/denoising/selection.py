@@ -206,16 +206,15 @@ def evaluate(
   """
   if folds < 2:
     raise ValueError(f'folds is {folds}: expected >= 2.')
-  trials = []
-  for t in tensor.timesteps.tolist():
+
+  def one(t: int) -> _Trial:
     at = functools.partial(pairs, t)
     images = sum(len(eps_q) for eps_q, _ in at())
     if images < 2:
-      raise ValueError(f'Timestep {t}: {images} images; 2 can be held out.')
-    try:
-      trials.append(_try(at, min(folds, images), outlier_std))
-    except ValueError as e:
-      raise ValueError(f'Timestep {t}: {e}') from e
+      raise ValueError(f'{images} images; 2 can be held out.')
+    return _try(at, min(folds, images), outlier_std)
+
+  trials = gaussian.over_timesteps(one, tensor.timesteps.tolist())
   gain, bias = _affine(tensor, channel, channel.mean_d.shape)
   columns = {
     name: np.stack([getattr(trial, name) for trial in trials])

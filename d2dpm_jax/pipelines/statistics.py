@@ -7,6 +7,7 @@ correction takes the images to the next one. So a step's statistics are those of
 the points that the corrected sampler really sees.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -179,15 +180,22 @@ def _fit_full_precision(
         eps_q = program(inputs, batch.x[:rows], batch.labels[:rows])
         trajectories.write_array(directory, f'{start:06d}', eps_q)
       bar.update(rows, reused=reused)
-  timesteps = generation.rows_of(model.ldm, model.sampler).t
+  # Opened here: steps are fitted in threads, and Python 3.11 cannot parse the
+  # headers of files in several at once.
+  opened = [
+    (
+      trajectories.read_array(directory, f'{start:06d}'),
+      batch.eps[:rows],
+    )
+    for start, rows, batch in _batches(model, spool)
+  ]
+  steps = generation.rows_of(model.ldm, model.sampler).t.tolist()
 
   def pairs(t: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    step = int(np.flatnonzero(timesteps == t)[0])
-    for start, rows, batch in _batches(model, spool):
-      eps_q = trajectories.read_array(directory, f'{start:06d}')
-      yield eps_q[:, step], batch.eps[:rows, step]
+    step = steps.index(t)
+    return ((eps_q[:, step], eps[:, step]) for eps_q, eps in opened)
 
-  return _fit(timesteps.tolist(), pairs, model)
+  return _fit(steps, pairs, model)
 
 
 def _step_inputs(
@@ -277,11 +285,11 @@ def _fit_quantized(
             trajectories.write_array(directory, stem, array)
         bar.update(count, reused=reused)
 
-      def pairs(t: int, step: int = step):
-        del t
-        for start, *_ in _batches(model, spool):
-          yield read(step, start, 'eps_q'), read(step, start, 'eps')
-
+      opened = [
+        (read(step, start, 'eps_q'), read(step, start, 'eps'))
+        for start, *_ in _batches(model, spool)
+      ]
+      pairs = functools.partial(lambda opened, t: iter(opened), opened)
       found.append(_fit([t], pairs, model))
   return Statistics(
     {

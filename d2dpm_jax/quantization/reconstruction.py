@@ -317,7 +317,7 @@ class _Reconstruction:
     # Kernels that learn stay in floating point: soft rounding needs them.
     others = {p: w for p, w in nearest.items() if p not in learned}
     initial = {path: nearest[path].qparams for path in learned}
-    alphas = self.learn(
+    alphas, facts['ms_per_iteration'] = self.learn(
       'weight',
       visit,
       norm,
@@ -354,7 +354,7 @@ class _Reconstruction:
     initial = {p: q for p, q in grids.items() if visit.layers[p].reconstruct}
     if not s.act_iters or not initial:
       return weights, grids, facts
-    scales = self.learn(
+    scales, facts['ms_per_iteration'] = self.learn(
       'act',
       visit,
       norm,
@@ -457,8 +457,12 @@ class _Reconstruction:
     initial: learning.Grids,
     variables: Any,
     grids: learning.Grids,
-  ) -> dict[str, Array]:
-    """Runs the iterations of a phase on a unit; returns what was learned."""
+  ) -> tuple[dict[str, Array], float]:
+    """Runs the iterations of a phase on a unit.
+
+    Returns:
+      What was learned, and milliseconds per iteration.
+    """
     s = self.settings
     iters, batch_size = (
       (s.iters, s.batch_size)
@@ -498,12 +502,18 @@ class _Reconstruction:
         task,
       )
 
+    marks: list[tuple[int, float]] = []
+
     def report(done, loss):
+      marks.append((done, time.perf_counter()))
       if self.progress is not None:
         self.progress(visit.unit.path, phase, done, iters, loss)
 
     progress = self.streams.fetch(learning.start(learned))
-    return learning.run_steps(run, progress, iters, loop, s.reports, report)
+    found = learning.run_steps(run, progress, iters, loop, s.reports, report)
+    (first_done, start), (last_done, end) = marks[0], marks[-1]
+    rate = 1e3 * (end - start) / max(last_done - first_done, 1)
+    return found, rate
 
 
 def _facts(before: float, signal: float) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class UnitReport:
     flipped: share of the learned weights not rounded to nearest; 0 for 'act'.
     kept_initial: learning made it worse and was thrown away.
     seconds: time it took, compilation included.
+    ms_per_iteration: of learning, without the first iterations and with them
+      compilation; 0 if there were too few to tell.
   """
 
   unit: Unit
@@ -38,6 +40,7 @@ class UnitReport:
   flipped: float
   kept_initial: bool
   seconds: float
+  ms_per_iteration: float = 0.0
 
   @property
   def name(self) -> str:
@@ -71,7 +74,7 @@ def format_reports(
   """
   rows: list[tuple[str, ...]] = [
     ('phase', 'unit', 'kind', 'layers', 'before', 'after', 'after/signal')
-    + ('flipped', 'seconds', 'note')
+    + ('flipped', 'seconds', 'ms/iter', 'note')
   ]
   for r in reports:
     relative = r.loss_after / r.signal if r.signal else 0.0
@@ -86,6 +89,7 @@ def format_reports(
         f'{relative:.2e}',
         f'{r.flipped:.1%}' if r.phase == 'weight' else '',
         f'{r.seconds:.1f}',
+        f'{r.ms_per_iteration:.2f}' if r.ms_per_iteration else '',
         _note(r),
       )
     )
