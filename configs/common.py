@@ -23,6 +23,7 @@ FLOAT_LAYERS = r'(.*/)?(skip_connection|op)'
 # The paper's: AttentionBlock's layers are Conv1d there, which it leaves alone.
 PAPER_FLOAT_LAYERS_LSUN = r'(.*/)?(skip_connection|op|qkv|proj_out)'
 EDGE_LAYERS = r'time_embed_0|input_blocks_0_0|out_2'
+LATENT_LAYERS = 'input_blocks_0_0'
 
 
 # The VQ first stage of LDM-4: 256x256 images, 64x64x3 latents, 8192 codes.
@@ -194,6 +195,11 @@ def _quant(weight_bits: int) -> ml_collections.ConfigDict:
   quant.per_channel = True  # weight ranges per output channel or per tensor
   quant.weight_range = 'mse'  # 'mse' or 'max'
   quant.act_range = 'mse'  # 'mse' or 'max'
+  # What sees x_t, which begins as N(0, 1): its range is [-5, 5] at least. A
+  # pixel beyond the range is invisible to the network and runs away while
+  # sampling. 0 is the searched range alone.
+  quant.latent_layers = LATENT_LAYERS  # regex
+  quant.latent_range = 5.0
 
   # Modules whose weights are reconstructed together (BRECQ's blocks); every
   # other quantized layer is reconstructed alone, with () all of them.
@@ -314,6 +320,7 @@ def _set_paper_quantization(
 ) -> None:
   """Quantizes as the paper's released scripts do; bits stay as they are."""
   config.quant.per_channel = False  # one range per weight tensor
+  config.quant.latent_range = 0.0
   config.quant.float_layers = float_layers
   config.quant.reconstruction.update(batch_size=8, act_batch_size=16)
 

@@ -1,5 +1,7 @@
 """Layers of the U-Net, and what `config.quant` makes of them."""
 
+import dataclasses
+import re
 from typing import Any
 
 import ml_collections
@@ -13,8 +15,28 @@ def layer_policy(
   model: setup.Model,
 ) -> tuple[policy.Policy, tuple[transform.Layer, ...]]:
   """Bits of every layer of the U-Net, see `config.quant`, and the layers."""
-  layers = list_layers(model)
-  return policy.build_policy(layers, policy_rules(model.config.quant)), layers
+  layers, quant = list_layers(model), model.config.quant
+  table = policy.build_policy(layers, policy_rules(quant))
+  return _widened(table, quant.latent_layers, quant.latent_range), layers
+
+
+def _widened(table: policy.Policy, pattern: str, reach: float) -> policy.Policy:
+  """Gives the inputs of some layers a range of [-reach, reach] at least.
+
+  Raises:
+    ValueError: there is no such layer, or `reach` is negative.
+  """
+  if reach < 0:
+    raise ValueError(f'quant.latent_range is {reach}; expected >= 0.')
+  found = [path for path in table if re.fullmatch(pattern, path)]
+  if reach and not found:
+    raise ValueError(f'quant.latent_layers {pattern!r} matches no layer.')
+  wide = {
+    path: dataclasses.replace(bits, reach=float(reach))
+    for path in found
+    if (bits := table[path]) is not None
+  }
+  return table | wide
 
 
 def policy_rules(quant: ml_collections.ConfigDict) -> list[policy.Rule]:

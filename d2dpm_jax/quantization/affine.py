@@ -267,6 +267,21 @@ def range_mse(x: Array, bits: int, per_channel: bool = False) -> QParams:
   return QParams(scale, zero_point, bits)
 
 
+def widen(q: QParams, reach: float) -> QParams:
+  """The grid itself if it reaches from -reach to reach, else a wider one."""
+  top = 2**q.bits - 1
+  low, high = -q.zero_point * q.scale, (top - q.zero_point) * q.scale
+  scale, zero_point = _grid(
+    jnp.minimum(low, -reach), jnp.maximum(high, reach), jnp.float32(top)
+  )
+  enough = (low <= -reach) & (high >= reach)
+  return QParams(
+    jnp.where(enough, q.scale, scale),
+    jnp.where(enough, q.zero_point, zero_point),
+    q.bits,
+  )
+
+
 RANGE_METHODS: dict[str, Callable[..., QParams]] = {
   'max': range_max,
   'mse': range_mse,

@@ -53,15 +53,18 @@ def search_grids(
   whole: Any,
 ) -> Grids:
   """Ranges of the layers' inputs, each with those before it quantized."""
-  bits = {path: bits.a for path, bits in layers if bits.a is not None}
+  wanted = {path: bits for path, bits in layers if bits.a is not None}
   found: Grids = {}
 
   def change(path, x):
     if path not in found:
-      found[path] = affine.range_method(method)(x, bits[path])
+      bits = wanted[path]
+      found[path] = affine.range_method(method)(x, bits.a)
+      if bits.reach:
+        found[path] = affine.widen(found[path], bits.reach)
     return affine.fake_quant(x, found[path])
 
-  with transform.intercept_inputs(change, bits):
+  with transform.intercept_inputs(change, wanted):
     call(variables, batch, whole)
   return found
 

@@ -33,11 +33,13 @@ class LayerBits:
     w: bits of the kernel.
     a: bits of the input.
     reconstruct: whether rounding and step sizes are learned.
+    reach: the range of the input is widened to [-reach, reach] at least.
   """
 
   w: int | None
   a: int | None
   reconstruct: bool = True
+  reach: float = 0.0
 
 
 # Path -> bits in execution order; None for layers left in floating point.
@@ -66,7 +68,7 @@ def layer_bits(bits: Mapping[str, Any] | None, where: str) -> LayerBits | None:
       f'Rule {where!r}: unknown keys {unknown}, missing keys {missing}; '
       "expected 'w', 'a' and optionally 'reconstruct'."
     )
-  widths = {}
+  widths: dict[str, Any] = {}
   for key in ('w', 'a'):
     try:
       widths[key] = None if bits[key] is None else affine.check_bits(bits[key])

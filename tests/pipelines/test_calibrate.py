@@ -100,6 +100,20 @@ def test_every_layer_is_quantized_as_the_config_says(calibrated, tiny):
   assert left == {p for p in paths if p.endswith('skip_connection')} != set()
 
 
+def test_what_sees_the_latents_reaches_far_enough(calibrated, tiny):
+  def ends(quantized):
+    q = quantized['input_blocks_0_0']['act']
+    low = -q.zero_point * q.scale
+    return float(low), float(low + 255 * q.scale)
+
+  low, high = ends(calibrated.quantized.qstate)
+  assert low <= -4.9 and high >= 4.9
+  table, _ = layer_bits.layer_policy(tiny.with_config(quant__latent_range=0.0))
+  assert {bits.reach for bits in table.values() if bits} == {0.0}
+  with pytest.raises(ValueError, match="latent_layers 'nothing' matches no"):
+    layer_bits.layer_policy(tiny.with_config(quant__latent_layers='nothing'))
+
+
 def test_learning_lowered_the_loss_of_units(calibrated):
   """Four iterations each: no unit got worse, most weights got better."""
   better = {'weight': [], 'act': []}
@@ -506,6 +520,7 @@ def test_a_directory_of_other_settings_is_left_as_it_was(copy, tiny):
     ('quant__weight_range', 'maximum', "'maximum'"),
     ('quant__act_range', '', "''"),
     ('quant__edge_layers', 'time_embed_9', 'time_embed_9'),
+    ('quant__latent_range', -1.0, 'latent_range'),
     ('quant__float_layers', '(', "'\\('"),
     ('quant__reconstruction__iters', -1, 'iters'),
     ('quant__reconstruction__batch_size', 0, 'batch_size'),

@@ -134,6 +134,23 @@ class RangeTest(parameterized.TestCase):
       affine.dequantize(affine.quantize(x, q)), affine.fake_quant(x, q)
     )
 
+  def test_widened_ranges_reach_as_far_as_asked(self):
+    x = jnp.linspace(-3.0, 2.0, 100)
+    q = affine.range_max(x, 8)
+    for reach in (2.5, 5.0):
+      wide = affine.widen(q, reach)
+      low = -wide.zero_point * wide.scale
+      high = (255 - wide.zero_point) * wide.scale
+      self.assertLessEqual(float(low), -min(reach, 3.0) + float(wide.scale))
+      self.assertGreaterEqual(float(high), reach - float(wide.scale))
+      ends = jnp.array([-reach, reach])
+      np.testing.assert_allclose(
+        affine.fake_quant(ends, wide), ends, atol=float(wide.scale)
+      )
+    same = affine.widen(q, 1.5)
+    self.assertEqual(float(same.scale), float(q.scale))
+    self.assertEqual(float(same.zero_point), float(q.zero_point))
+
   @parameterized.product(
     method=('max', 'mse'),
     value=(0.0, 1.0, -2.5, 1e-30, 3e4),
