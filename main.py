@@ -10,6 +10,7 @@ Modes:
   sample     generates images with the quantized, corrected network
   evaluate   judges images: FID, sFID, IS, precision, recall, labels
   benchmark  measures what --config.benchmark.what names
+  experiment all corrections, bits and samplers of config.experiment, in tables
 
 Any field of a config can be set: --config.quant.weight_bits=8
 """
@@ -26,7 +27,15 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-MODES = ('train', 'convert', 'calibrate', 'sample', 'evaluate', 'benchmark')
+MODES = (
+  'train',
+  'convert',
+  'calibrate',
+  'sample',
+  'evaluate',
+  'benchmark',
+  'experiment',
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'An experiment, such as configs/mnist.py.', lock_config=True

@@ -79,6 +79,7 @@ def base_config(
   config.sample = _sample()
   config.evaluate = _evaluate()
   config.benchmark = _benchmark()
+  config.experiment = _experiment(conditional=sampler.startswith('s'))
   if chosen == 'fast':
     _set_fast_quantization(config)
   elif chosen.startswith('paper'):
@@ -313,6 +314,37 @@ def _benchmark() -> ml_collections.ConfigDict:
   # 'cost': size in MB and bit operations, from shapes alone (docs/cost.md).
   benchmark.what = 'cost'
   return benchmark
+
+
+def _experiment(conditional: bool) -> ml_collections.ConfigDict:
+  """Every combination of these is a cell of --mode experiment's tables."""
+  samplers: tuple[str, ...] = ('eta0_200', 'eta1_200')
+  if conditional:
+    samplers = ('s3_eta0_20', 's3_eta1_20', 's1.5_eta0_250', 's1.5_eta1_250')
+  return ml_collections.ConfigDict(
+    dict(
+      # nearest, brecq or brecq-qdrop; the rest is as in `quant`.
+      quantizers=('brecq',),
+      bits=('W8A8', 'W4A8'),  # of weights and of inputs of quantized layers
+      # Any of `sample.correction`.
+      corrections=(
+        'none',
+        'ptqd',
+        's-d2',
+        'd-d2',
+        'mean-only',
+        'variance-only',
+        'auto',
+      ),
+      channel_wise=(False, True),  # statistics per tensor, per latent channel
+      # Words as in the argument of a config file. Quantizers learn on
+      # trajectories of the first one, error statistics are those of each.
+      samplers=samplers,
+      seeds=(0, 1, 2),  # of the noise; tables give mean and spread over them
+      num_images=5_000,  # per seed; label every FID with it
+      batch_size=500,  # images in flight per call, over all devices
+    )
+  )
 
 
 def _set_paper_quantization(

@@ -26,6 +26,13 @@ each with a work directory of its own:
   python main.py --config configs/lsun_bedrooms.py:paper_w4a8,eta0_200 \
       --mode calibrate --workdir out/lsun_bedrooms_eta0 \
       --config.checkpoint.path=out/lsun_bedrooms/params
+
+All corrections at once, judged against statistics of the data set
+(docs/evaluate.md):
+
+  python main.py --config configs/lsun_bedrooms.py:paper_w4a8 \
+      --mode experiment --config.experiment.num_images=50000 \
+      --config.evaluate.reference=lsun_bedrooms.npz
 """
 
 import ml_collections

@@ -27,6 +27,13 @@ each with a work directory of its own:
   python main.py --config configs/lsun_churches.py:paper_w4a8,eta1_200 \
       --mode calibrate --workdir out/lsun_churches_eta1 \
       --config.checkpoint.path=out/lsun_churches/params
+
+All corrections at once, judged against statistics of the data set
+(docs/evaluate.md):
+
+  python main.py --config configs/lsun_churches.py:paper_w4a8 \
+      --mode experiment --config.experiment.num_images=50000 \
+      --config.evaluate.reference=lsun_churches.npz
 """
 
 import ml_collections

@@ -1,6 +1,7 @@
 """`--mode calibrate`: quantizes the network and fits its error model."""
 
 import logging
+import pathlib
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from d2dpm_jax.pipelines import (
   statistics,
   trajectories,
 )
+from d2dpm_jax.quantization import transform
 from d2dpm_jax.runtime import files, progress
 
 _log = logging.getLogger(__name__)
@@ -38,16 +40,27 @@ def calibrate(model: setup.Model, paths: files.Workdir) -> artifacts.Quantized:
     ValueError: bad settings, `paths` holds a calibration made with others, or
       another process is at work there.
   """
-  _check(model)
+  check(model)
   with files.claimed(paths.calibration):
-    trajectories.claim(paths.calibration, _settings(model))
+    trajectories.claim(paths.calibration, settings(model))
     setup.begin(model.config, paths)
-    return _run_phases(model, paths)
+    return run_phases(model, paths, paths.trajectories)
 
 
-def _run_phases(
-  model: setup.Model, paths: files.Workdir
+def run_phases(
+  model: setup.Model,
+  paths: files.Workdir,
+  spool_at: pathlib.Path,
+  qstate: transform.QuantState | None = None,
 ) -> artifacts.Quantized:
+  """The phases of `calibrate`, in a work directory that is claimed.
+
+  Args:
+    model: what to quantize.
+    paths: where everything but the trajectories goes.
+    spool_at: directory of the trajectories; calibrations can share one.
+    qstate: quantizers, if there are some: then only errors are fitted.
+  """
   config = model.config
   times = progress.Times()
   with times.phase('trajectories'):
@@ -56,12 +69,13 @@ def _run_phases(
       max(config.calibration.num_samples, config.statistics.num_samples),
       config.calibration.batch_size,
       config.sample.microbatch,
-      paths.trajectories,
+      spool_at,
       config.calibration.balanced_labels,
     )
-  with times.phase('quantization'):
-    # Off the device that learned it: sampling runs on all of them.
-    qstate = jax.device_get(quantize.quantize(model, spool, paths))
+  if qstate is None:
+    with times.phase('quantization'):
+      # Off the device that learned it: sampling runs on all of them.
+      qstate = jax.device_get(quantize.quantize(model, spool, paths))
   with times.phase('statistics'):
     errors = statistics.fit_errors(model, qstate, spool, paths)
   quantized = artifacts.Quantized(model, qstate, *errors)
@@ -71,7 +85,7 @@ def _run_phases(
   return quantized
 
 
-def _check(model: setup.Model) -> None:
+def check(model: setup.Model) -> None:
   """Raises ValueError for bad settings, before anything is written."""
   config = model.config
   counts = {
@@ -105,7 +119,7 @@ def _check(model: setup.Model) -> None:
 _PLACE = ('host_streams', 'devices', 'chunk')
 
 
-def _settings(model: setup.Model) -> dict[str, Any]:
+def settings(model: setup.Model) -> dict[str, Any]:
   """Everything that the arrays of a calibration depend on."""
   names = ('seed', 'sampler', 'quant', 'calibration', 'statistics')
   groups = {name: setup.plain(model.config[name]) for name in names}

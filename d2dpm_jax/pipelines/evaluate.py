@@ -80,18 +80,9 @@ def evaluate(
     ValueError: settings or images are not as they should be.
   """
   settings = config.evaluate
-  for name in ('batch_size', 'neighbours', 'split_size'):
-    if settings[name] < 1:
-      raise ValueError(f'evaluate.{name} is {settings[name]}; expected >= 1.')
-  if settings.network not in _NETWORKS:
-    raise ValueError(
-      f'evaluate.network is {settings.network!r}; expected one of '
-      f'{list(_NETWORKS)}.'
-    )
+  _check(settings)
   samples = _image_set(settings.samples, config, paths)
-  net = _network(config, samples)
-  _check_images(samples, net)
-  reference = _reference(config, paths, net)
+  net, reference = judges(samples, config, paths)
   labels = samples.labels if settings.network == 'digits' else None
   if settings.through_first_stage:
     samples = _through_first_stage(samples, setup.load(config, paths))
@@ -120,6 +111,39 @@ def evaluate(
     references.save(target, summary, net)
     _log.info('Wrote %s', target)
   return result
+
+
+def judges(
+  samples: image_sets.ImageSet,
+  config: ml_collections.ConfigDict,
+  paths: files.Workdir,
+) -> tuple[features.FeatureNet, features.Summary]:
+  """The network that the config names, and what it makes of the reference.
+
+  Args:
+    samples: what is to be judged; only its name and shape matter.
+    config: an experiment, as in `evaluate`.
+    paths: as in `evaluate`.
+
+  Raises:
+    FileNotFoundError: there are no weights of the network.
+    ValueError: bad settings, or images of another shape.
+  """
+  _check(config.evaluate)
+  net = _network(config, samples)
+  _check_images(samples, net)
+  return net, _reference(config, paths, net)
+
+
+def _check(settings: ml_collections.ConfigDict) -> None:
+  for name in ('batch_size', 'neighbours', 'split_size'):
+    if settings[name] < 1:
+      raise ValueError(f'evaluate.{name} is {settings[name]}; expected >= 1.')
+  if settings.network not in _NETWORKS:
+    raise ValueError(
+      f'evaluate.network is {settings.network!r}; expected one of '
+      f'{list(_NETWORKS)}.'
+    )
 
 
 def measure(

@@ -146,7 +146,7 @@ def _over_devices(
   return run
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)  # An experiment goes through many.
 def sample_program(
   ldm: LatentDiffusion,
   settings: SamplerSettings,

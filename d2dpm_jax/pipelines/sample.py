@@ -177,6 +177,11 @@ def batch_runner(
   corrections.check(correction, absorb)
   errors = quantized.statistics(correction, channel_wise)
   rows = corrections.correction_rows(errors, correction, timesteps, absorb)
+  # One program for statistics per tensor and per channel.
+  channels = model.ldm.latent_shape[-1]
+  rows = jax.tree.map(
+    lambda column: np.broadcast_to(column, (*column.shape[:-1], channels)), rows
+  )
   program = generation.sample_program(
     model.ldm, model.sampler, correction, microbatch
   )

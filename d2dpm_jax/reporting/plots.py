@@ -123,4 +123,5 @@ def _corrections(
       label=kind or None,
     )
   ax.set_xticks(range(len(places)), places, fontsize=8)
+  ax.set_xlim(-0.5, len(places) - 0.5)
   ax.grid(axis='y', alpha=0.3)

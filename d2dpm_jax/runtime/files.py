@@ -96,6 +96,21 @@ class Workdir:
     return self.calibration / 'held_out.txt'
 
   @property
+  def error_plot(self) -> pathlib.Path:
+    """Statistics of the errors by timestep."""
+    return self.calibration / 'errors.png'
+
+  @property
+  def error_joint_plot(self) -> pathlib.Path:
+    """Histograms of estimates and errors at a few timesteps."""
+    return self.calibration / 'error_joint.png'
+
+  @property
+  def error_left_plot(self) -> pathlib.Path:
+    """What corrections leave of the errors."""
+    return self.calibration / 'error_left.png'
+
+  @property
   def samples(self) -> pathlib.Path:
     return self.root / 'samples'
 
@@ -106,6 +121,10 @@ class Workdir:
   def benchmark(self, name: str) -> pathlib.Path:
     """What --mode benchmark writes, such as 'cost.json'."""
     return self.root / 'benchmark' / name
+
+  def experiment(self, name: str = '') -> pathlib.Path:
+    """What --mode experiment keeps and writes, such as 'results.md'."""
+    return self.root / 'experiment' / name
 
   @property
   def training(self) -> pathlib.Path:

@@ -1,0 +1,192 @@
+"""Mean and spread over seeds of an experiment's cells, and their tables."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+# What tells rows of a table apart, in cells and in results.
+_ROW = ('sampler', 'quantizer', 'bits', 'correction', 'statistics')
+# What has to be the same in all cells.
+_COMMON = ('num_images', 'num_reference', 'reference', 'network')
+
+
+class Column(NamedTuple):
+  """How a value is shown."""
+
+  name: str
+  digits: int
+  better: int  # 1: larger, -1: smaller, 0: neither is.
+  unit: float = 1.0  # Shown are multiples of it.
+
+
+COLUMNS = {
+  'fid': Column('FID', 3, -1),
+  'sfid': Column('sFID', 3, -1),
+  'inception_score': Column('IS', 3, 1),
+  'precision': Column('precision %', 2, 1, 0.01),
+  'recall': Column('recall %', 2, 1, 0.01),
+  'label_agreement': Column('labels %', 2, 1, 0.01),
+  'psnr': Column('PSNR dB', 2, 1),
+  'psnr_mean': Column('mean dB', 2, 1),
+  'psnr_median': Column('median dB', 2, 1),
+  'identical': Column('identical %', 2, 1, 0.01),
+  'latent_mse': Column('latent MSE', 6, -1),
+  'images_per_second': Column('img/s', 1, 0),
+}
+
+_LEGEND = """\
+Each number is the mean over seeds ± the sample standard deviation. PSNR and
+latent MSE are distances to the full-precision images of the same noise: PSNR of
+the squared error of all images together, mean and median over single images
+that are not identical, and the share of those that are. A number is **bold** if
+it beats that of every other quantized row of its table by more than both of
+their deviations together; with one seed none is."""
+
+
+def aggregate(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Puts the seeds of each setting together.
+
+  Args:
+    cells: as --mode experiment keeps them, in the order of the rows.
+
+  Returns:
+    What they have in common; `seeds`, `devices`; and `rows`, each with what
+    tells it apart and `values`: name -> mean, std (sample standard deviation,
+    None of a single number), n, and all: by seed, None where it is not known.
+
+  Raises:
+    ValueError: they cannot stand in one table.
+  """
+  groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+  for cell in cells:
+    groups.setdefault(tuple(cell[key] for key in _ROW), []).append(cell)
+  result: dict[str, Any] = {}
+  for name in _COMMON:
+    found = {cell[name] for cell in cells}
+    if len(found) != 1:
+      raise ValueError(f'Cells differ in {name}: {sorted(found)}.')
+    result[name] = found.pop()
+  rows = []
+  for key, group in groups.items():
+    names = dict.fromkeys(name for cell in group for name in cell['values'])
+    rows.append(
+      {
+        **dict(zip(_ROW, key, strict=True)),
+        'seeds': [cell['seed'] for cell in group],
+        'values': {
+          name: _spread([cell['values'].get(name) for cell in group])
+          for name in names
+        },
+      }
+    )
+  return {
+    **result,
+    'seeds': list(dict.fromkeys(cell['seed'] for cell in cells)),
+    'devices': sorted({cell['device'] for cell in cells}),
+    'rows': rows,
+  }
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, Any]:
+  known = [value for value in values if value is not None]
+  return {
+    'mean': statistics.fmean(known) if known else None,
+    'std': statistics.stdev(known) if len(known) > 1 else None,
+    'n': len(known),
+    'all': list(values),
+  }
+
+
+def groups(
+  results: Mapping[str, Any],
+) -> Iterable[tuple[str, str, str, list[Mapping[str, Any]]]]:
+  """Tables of results.
+
+  Yields:
+    (sampler, quantizer, bits, rows); the first row is full precision.
+  """
+  rows = results['rows']
+  tables: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+  for row in rows:
+    if row['quantizer']:
+      key = (row['sampler'], row['quantizer'], row['bits'])
+      tables.setdefault(key, []).append(row)
+  for (sampler, quantizer, bits), quantized in tables.items():
+    plain = [
+      row for row in rows if row['sampler'] == sampler and not row['quantizer']
+    ]
+    yield sampler, quantizer, bits, plain + quantized
+
+
+def row_name(row: Mapping[str, Any]) -> str:
+  """'d-d2, channel'."""
+  if not row['quantizer']:
+    return 'full precision'
+  return ', '.join(filter(None, (row['correction'], row['statistics'])))
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+  """All results as Markdown, one table per sampler and network."""
+  seeds = ', '.join(map(str, results['seeds']))
+  lines = [
+    '# Experiment',
+    '',
+    f'{results["num_images"]} images per seed, {len(results["seeds"])} seed(s) '
+    f'({seeds}). Judged by `{results["network"]}` against '
+    f'{results["num_reference"]} images of `{results["reference"]}`. Sampled '
+    f'on {", ".join(results["devices"])}.',
+    '',
+    _LEGEND,
+  ]
+  for sampler, quantizer, bits, rows in groups(results):
+    lines += ['', f'## {sampler}, {bits}, {quantizer}', '', *_table(rows)]
+  return '\n'.join(lines) + '\n'
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Lines of a table; columns that are empty in all rows are left out."""
+  columns = [
+    name
+    for name in COLUMNS
+    if any(row['values'].get(name, {}).get('n') for row in rows)
+  ]
+  best = {name: _best(rows, name) for name in columns}
+  header = ['correction', *(COLUMNS[name].name for name in columns)]
+  lines = [header, ['---', *['---:'] * len(columns)]]
+  for row in rows:
+    cells = [row_name(row)]
+    for name in columns:
+      text = _text(row['values'].get(name), COLUMNS[name], len(row['seeds']))
+      cells.append(f'**{text}**' if row is best[name] else text)
+    lines.append(cells)
+  return [f'| {" | ".join(cells)} |' for cells in lines]
+
+
+def _text(value: Mapping[str, Any] | None, column: Column, seeds: int) -> str:
+  """'8.120 ± 0.031'."""
+  if value is None or value['mean'] is None:
+    return '-'
+  text = f'{value["mean"] / column.unit:.{column.digits}f}'
+  if value['std'] is not None:
+    text += f' ± {value["std"] / column.unit:.{column.digits}f}'
+  if value['n'] < seeds:
+    text += f' ({value["n"]} of {seeds} seeds)'
+  return text
+
+
+def _best(
+  rows: Sequence[Mapping[str, Any]], name: str
+) -> Mapping[str, Any] | None:
+  """The quantized row that beats all others beyond the spread, if one does."""
+  sign = COLUMNS[name].better
+  known = [
+    (sign * row['values'][name]['mean'], row['values'][name]['std'], row)
+    for row in rows
+    if row['quantizer'] and row['values'].get(name, {}).get('std') is not None
+  ]
+  if not sign or len(known) < 2:
+    return None
+  known.sort(key=lambda entry: entry[0], reverse=True)
+  mean, std, row = known[0]
+  beaten = all(mean - other > std + spread for other, spread, _ in known[1:])
+  return row if beaten else None
