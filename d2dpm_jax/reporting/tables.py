@@ -1,5 +1,6 @@
 """Mean and spread over seeds of an experiment's cells, and their tables."""
 
+import operator
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,13 +35,18 @@ COLUMNS = {
   'images_per_second': Column('img/s', 1, 0),
 }
 
+# Of these, differences to the uncorrected network are shown.
+_PAIRED = ('fid', 'sfid', 'psnr', 'latent_mse')
+
 _LEGEND = """\
 Each number is the mean over seeds ± the sample standard deviation. PSNR and
 latent MSE are distances to the full-precision images of the same noise: PSNR of
 the squared error of all images together, mean and median over single images
 that are not identical, and the share of those that are. A number is **bold** if
 it beats that of every other quantized row of its table by more than both of
-their deviations together; with one seed none is."""
+their deviations together; with one seed none is. A second table has the
+differences to no correction (`none`): taken seed by seed, since the noise is
+the same, and then averaged."""
 
 
 def aggregate(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -53,13 +59,14 @@ def aggregate(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     What they have in common; `seeds`, `devices`; and `rows`, each with what
     tells it apart and `values`: name -> mean, std (sample standard deviation,
     None of a single number), n, and all: by seed, None where it is not known.
+    Corrected ones have `paired`, the same of differences to correction 'none'.
 
   Raises:
     ValueError: they cannot stand in one table.
   """
-  groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+  by_row: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
   for cell in cells:
-    groups.setdefault(tuple(cell[key] for key in _ROW), []).append(cell)
+    by_row.setdefault(tuple(cell[key] for key in _ROW), []).append(cell)
   result: dict[str, Any] = {}
   for name in _COMMON:
     found = {cell[name] for cell in cells}
@@ -67,7 +74,7 @@ def aggregate(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
       raise ValueError(f'Cells differ in {name}: {sorted(found)}.')
     result[name] = found.pop()
   rows = []
-  for key, group in groups.items():
+  for key, group in by_row.items():
     names = dict.fromkeys(name for cell in group for name in cell['values'])
     rows.append(
       {
@@ -79,12 +86,41 @@ def aggregate(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         },
       }
     )
+  _add_differences(rows)
   return {
     **result,
     'seeds': list(dict.fromkeys(cell['seed'] for cell in cells)),
     'devices': sorted({cell['device'] for cell in cells}),
     'rows': rows,
   }
+
+
+def _add_differences(rows: Sequence[dict[str, Any]]) -> None:
+  """To the row without correction, of the same network, sampler and seeds."""
+  network = operator.itemgetter('sampler', 'quantizer', 'bits')
+  plain = {
+    network(row): row
+    for row in rows
+    if row['quantizer'] and row['correction'] == 'none'
+  }
+  for row in rows:
+    base = plain.get(network(row))
+    if base is None or base is row:
+      continue
+    row['paired'] = {
+      name: _spread(
+        [
+          None if a is None or b is None else a - b
+          for a, b in zip(
+            row['values'][name]['all'],
+            base['values'][name]['all'],
+            strict=True,
+          )
+        ]
+      )
+      for name in _PAIRED
+      if name in row['values'] and name in base['values']
+    }
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:
@@ -140,6 +176,8 @@ def markdown(results: Mapping[str, Any]) -> str:
   ]
   for sampler, quantizer, bits, rows in groups(results):
     lines += ['', f'## {sampler}, {bits}, {quantizer}', '', *_table(rows)]
+    if differences := _difference_table(rows):
+      lines += ['', *differences]
   return '\n'.join(lines) + '\n'
 
 
@@ -162,11 +200,34 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
   return [f'| {" | ".join(cells)} |' for cells in lines]
 
 
-def _text(value: Mapping[str, Any] | None, column: Column, seeds: int) -> str:
-  """'8.120 ± 0.031'."""
+def _difference_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Lines of the second table; none where nothing is corrected."""
+  paired = [row for row in rows if 'paired' in row]
+  columns = [
+    name
+    for name in _PAIRED
+    if any(row['paired'].get(name, {}).get('n') for row in paired)
+  ]
+  if not columns:
+    return []
+  header = ['minus `none`', *(COLUMNS[name].name for name in columns)]
+  lines = [header, ['---', *['---:'] * len(columns)]]
+  for row in paired:
+    texts = (
+      _text(row['paired'].get(name), COLUMNS[name], len(row['seeds']), '+')
+      for name in columns
+    )
+    lines.append([row_name(row), *texts])
+  return [f'| {" | ".join(cells)} |' for cells in lines]
+
+
+def _text(
+  value: Mapping[str, Any] | None, column: Column, seeds: int, sign: str = ''
+) -> str:
+  """'8.120 ± 0.031'; with a sign before it if `sign` is '+'."""
   if value is None or value['mean'] is None:
     return '-'
-  text = f'{value["mean"] / column.unit:.{column.digits}f}'
+  text = f'{value["mean"] / column.unit:{sign}.{column.digits}f}'
   if value['std'] is not None:
     text += f' ± {value["std"] / column.unit:.{column.digits}f}'
   if value['n'] < seeds:
@@ -182,9 +243,9 @@ def _best(
   known = [
     (sign * row['values'][name]['mean'], row['values'][name]['std'], row)
     for row in rows
-    if row['quantizer'] and row['values'].get(name, {}).get('std') is not None
+    if row['quantizer'] and row['values'].get(name, {}).get('n')
   ]
-  if not sign or len(known) < 2:
+  if not sign or len(known) < 2 or any(std is None for _, std, _ in known):
     return None
   known.sort(key=lambda entry: entry[0], reverse=True)
   mean, std, row = known[0]

@@ -319,7 +319,9 @@ def _sections(text):
   """Heading -> first cell -> the numbers of the row, of Markdown tables."""
   found = {}
   for block in text.split('\n## ')[1:]:
-    heading, *lines = block.strip().splitlines()
+    heading, table, differences = block.strip().split('\n\n')
+    assert differences.startswith('| minus `none` |')
+    lines = table.splitlines()
     rows = [
       [part.strip() for part in line.strip('|').split('|')]
       for line in lines

@@ -38,7 +38,7 @@ def _cells(corrected, none=(5.0, 5.2), precision=(25.0, 25.0)):
 
 def _line(cells, name):
   text = tables.markdown(tables.aggregate(cells))
-  (found,) = (x for x in text.splitlines() if x.startswith(f'| {name} |'))
+  found, *_ = (x for x in text.splitlines() if x.startswith(f'| {name} |'))
   return [part.strip() for part in found.strip('|').split('|')[1:]]
 
 
@@ -76,6 +76,25 @@ def test_what_is_not_known_is_not_averaged():
   assert len(_line(cells, 'none')) == 1  # No such column.
   drawn = plots.experiment(tables.aggregate(cells))
   assert len(drawn.axes[1].containers) == 0
+
+
+def test_differences_are_taken_seed_by_seed():
+  """Seeds scatter by 2, but all of them gain 0.1 or 0.3."""
+  cells = _cells((4.9, 6.7), none=(5.0, 7.0), precision=(None, 25.0))
+  results = tables.aggregate(cells)
+  plain, none, corrected = results['rows']
+  assert 'paired' not in plain and 'paired' not in none
+  found = corrected['paired']['fid']
+  assert found['all'] == pytest.approx([-0.1, -0.3])
+  assert found['std'] == pytest.approx(0.02**0.5)
+  assert corrected['paired']['psnr']['all'] == [None, 0.0]
+  *_, last = tables.markdown(results).strip().splitlines()
+  assert last == ('| d-d2, tensor | -0.200 ± 0.141 | +0.00 (1 of 2 seeds) |')
+
+
+def test_nothing_corrected_has_no_differences():
+  cells = [c for c in _cells((4.9, 5.1)) if c['correction'] == 'none']
+  assert 'minus' not in tables.markdown(tables.aggregate(cells))
 
 
 def test_rows_keep_every_number():
