@@ -21,6 +21,7 @@ from d2dpm_jax.denoising import gaussian, selection
 from d2dpm_jax.diffusion import ddim, noise
 from d2dpm_jax.pipelines import artifacts, generation, setup, trajectories
 from d2dpm_jax.quantization import transform
+from d2dpm_jax.reporting import error_plots, plots
 from d2dpm_jax.runtime import files, progress
 
 _log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def fit_errors(
     if model.config.statistics.trajectory == 'quantized'
     else _fit_full_precision
   )
-  found = fit(model, qstate, spool, paths)
+  found, pairs = fit(model, qstate, spool, paths)
   table = selection.format_table(found.held_out)
   with files.atomic_write(paths.held_out_table, 'w') as file:
     file.write(f'{table}\n')
@@ -89,7 +90,27 @@ def fit_errors(
     paths.held_out_table,
     '\n'.join([header, *shown]),
   )
+  _draw(found, pairs, model.config.statistics.outlier_std, paths)
   return found
+
+
+def _draw(
+  found: Statistics, pairs: PairsAt, outlier_std: float, paths: files.Workdir
+) -> None:
+  """Writes the figures of `found`; `pairs` are what it was fitted on."""
+  errors, held_out = found
+  tensor = errors['tensor']
+  counted = [
+    error_plots.count_joint(
+      t, functools.partial(pairs, t), tensor, held_out, outlier_std
+    )
+    for t in error_plots.shown_timesteps(tensor.timesteps)
+  ]
+  plots.save(error_plots.errors(errors, held_out), paths.error_plot)
+  plots.save(
+    error_plots.joint(counted, tensor, outlier_std), paths.error_joint_plot
+  )
+  plots.save(error_plots.left(held_out), paths.error_left_plot)
 
 
 def settings_of(model: setup.Model) -> dict[str, Any]:
@@ -162,7 +183,7 @@ def _fit_full_precision(
   qstate: transform.QuantState,
   spool: trajectories.Trajectories,
   paths: files.Workdir,
-) -> Statistics:
+) -> tuple[Statistics, PairsAt]:
   """On the trajectories as they are on disk."""
   config = model.config
   directory = paths.calibration / 'eps_q'
@@ -195,7 +216,7 @@ def _fit_full_precision(
     step = steps.index(t)
     return ((eps_q[:, step], eps[:, step]) for eps_q, eps in opened)
 
-  return _fit(steps, pairs, model)
+  return _fit(steps, pairs, model), pairs
 
 
 def _step_inputs(
@@ -226,7 +247,7 @@ def _fit_quantized(
   qstate: transform.QuantState,
   spool: trajectories.Trajectories,
   paths: files.Workdir,
-) -> Statistics:
+) -> tuple[Statistics, PairsAt]:
   """On trajectories of the quantized, corrected network.
 
   They begin where those of the spool do, with the same labels and the same
@@ -261,10 +282,17 @@ def _fit_quantized(
   def read(step: int, start: int, name: str) -> np.ndarray:
     return trajectories.read_array(directory, f'{step:03d}.{start:06d}.{name}')
 
+  steps = rows.t.tolist()
+
+  def pairs(t: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    step = steps.index(t)
+    for start, *_ in _batches(model, spool):
+      yield read(step, start, 'eps_q'), read(step, start, 'eps')
+
   found: list[Statistics] = []
   total = config.statistics.num_samples * len(rows.t)
   with progress.progress('statistics', total, 'evaluation') as bar:
-    for step, t in enumerate(rows.t.tolist()):
+    for step, t in enumerate(steps):
       here = _step_inputs(inputs, rows, step)
       if found:
         correct = _correction_row(found[-1], config.sample, rows.t[step - 1])
@@ -285,16 +313,14 @@ def _fit_quantized(
             trajectories.write_array(directory, stem, array)
         bar.update(count, reused=reused)
 
-      opened = [
-        (read(step, start, 'eps_q'), read(step, start, 'eps'))
-        for start, *_ in _batches(model, spool)
-      ]
-      pairs = functools.partial(lambda opened, t: iter(opened), opened)
-      found.append(_fit([t], pairs, model))
-  return Statistics(
+      opened = list(pairs(t))  # Not in the threads that fit.
+      there = functools.partial(lambda opened, t: iter(opened), opened)
+      found.append(_fit([t], there, model))
+  joined = Statistics(
     {
       kind: gaussian.ErrorModel.join([f.error_models[kind] for f in found])
       for kind in ('tensor', 'channel')
     },
     selection.HeldOut.join([f.held_out for f in found]),
   )
+  return joined, pairs

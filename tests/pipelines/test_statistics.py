@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_error_models_equal, contents
+from PIL import Image
 
 from d2dpm_jax.denoising import correction as corrections
 from d2dpm_jax.denoising import selection
@@ -48,6 +49,7 @@ def toy(tiny, monkeypatch):
     )
 
   monkeypatch.setattr(generation, '_eps_fn', eps_fn)
+  monkeypatch.setattr(statistics, '_draw', lambda *_: None)  # Takes a while.
   ldm = tiny.model.ldm
   fields = {f.name: getattr(ldm, f.name) for f in dataclasses.fields(ldm)}
 
@@ -297,6 +299,7 @@ def test_both_networks_are_those_of_calibration(calibrated, tiny, tmp_path):
   assert distance.mean() < 0.1 * np.abs(stored - eps).mean()
   last = read(folder, '003.000000.x')
   assert np.abs(last - batch.x[:, 3]).mean() > 1e-3
+  _are_pngs(paths)
   # It is stored, and read again.
   quantized = artifacts.Quantized(model, qstate, *found)
   artifacts.save(quantized, paths)
@@ -311,6 +314,18 @@ def test_the_table_is_kept_and_shown(calibrated):
   text = calibrated.paths.held_out_table.read_text()
   assert text == selection.format_table(held_out) + '\n'
   assert held_out.timesteps.tolist() == _T
+
+
+def _are_pngs(paths):
+  for path in (paths.error_plot, paths.error_joint_plot, paths.error_left_plot):
+    with Image.open(path) as picture:
+      assert picture.format == 'PNG'
+      assert min(picture.size) > 200
+      assert np.ptp(np.asarray(picture.convert('L'))) > 200
+
+
+def test_errors_are_drawn(calibrated):
+  _are_pngs(calibrated.paths)
 
 
 def test_a_calibration_without_held_out_errors(calibrated, tiny, tmp_path):
