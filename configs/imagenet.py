@@ -49,7 +49,8 @@ argument, the same in every mode, each with a work directory of its own:
       --config.checkpoint.path=out/imagenet/params
 
 `paper_w4a8` and `paper_w8a8` quantize as the paper's released scripts do;
-without, weights have a range per output channel. All tables at once:
+without, weights have a range per output channel. All tables at once
+(docs/experiment.md):
 
   python main.py --config configs/imagenet.py:paper_w4a8 --mode experiment \
       --config.experiment.num_images=50000 \

@@ -28,7 +28,7 @@ each with a work directory of its own:
       --config.checkpoint.path=out/lsun_bedrooms/params
 
 All corrections at once, judged against statistics of the data set
-(docs/evaluate.md):
+(docs/experiment.md, docs/evaluate.md):
 
   python main.py --config configs/lsun_bedrooms.py:paper_w4a8 \
       --mode experiment --config.experiment.num_images=50000 \

@@ -12,9 +12,10 @@ These calibrate shortly, to suit a laptop, for guidance 3, eta 0 and 20 steps.
 `:paper_w4a8` and `:paper_w8a8` do so with one range per weight tensor, as the
 paper's released scripts. The paper's other samplers are words too, as in
 `configs/mnist.py:paper_w4a8,s1.5_eta1_250`; it has no numbers for MNIST. Those
-of all of its settings, as tables (an accelerator, hours):
+of all of its settings, as tables (an accelerator; see docs/experiment.md):
 
-  python main.py --config configs/mnist.py:full --mode experiment
+  python main.py --config configs/mnist.py:full --mode experiment \
+      --config.sample.microbatch=250
 
 Training it anew (an accelerator, minutes; see the model card in
 d2dpm_jax/pretrained/README.md):

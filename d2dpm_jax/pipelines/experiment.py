@@ -154,15 +154,17 @@ def _prepare(model: setup.Model, paths: files.Workdir) -> Bench:
   grid = experiment_grid.read(model.config, bool(model.num_classes))
   for word in grid.samplers:
     generation.rows_of(model.ldm, experiment_grid.sampler_of(word))
+  for network in grid.networks():
+    config = experiment_grid.configured(
+      model.config, grid.samplers[0], *network
+    )
+    calibrate.check(dataclasses.replace(model, config=config))
   size, channels = model.ldm.image_size, model.ldm.first_stage.out_ch
   samples = image_sets.from_arrays(
     'The experiment', np.zeros((1, size, size, channels), np.uint8)
   )
   net, reference = evaluate.judges(samples, model.config, paths)
-  bench = Bench(model, grid, paths, net, reference)
-  for network in grid.networks():
-    calibrate.check(bench.configured(grid.samplers[0], *network))
-  return bench
+  return Bench(model, grid, paths, net, reference)
 
 
 def _claim(bench: Bench) -> None:
