@@ -14,6 +14,7 @@ _T = [1, 251, 501, 751]  # Figures begin with the last.
 _IMAGES = 40
 
 
+@functools.cache
 def _arrays(t, channels=3, images=_IMAGES):
   """eps_q and eps, float64[N, 4, 4, C]."""
   rng = np.random.default_rng(t)
