@@ -68,13 +68,10 @@ def quantize(
       with files.atomic_write(_unit_path(directory, name)) as file:
         np.savez(file, **arrays)
       facts = {k: arrays[f'report:{k}'].item() for k in reports.REPORT_FIELDS}
-      compiled.append(progress.compile_seconds())
-      facts['compile_seconds'] = compiled[-1] - compiled[-2]
       write(names.index(name), {'unit': name, **facts})
       before, after = facts['loss_before'], facts['loss_after']
       bar.update(1, f'{name}: loss {before:.3g} -> {after:.3g}')
 
-    compiled = [progress.compile_seconds()]
     resume = _stored(directory, names)
     bar.update(len(resume), reused=True)
     result = reconstruction.reconstruct(

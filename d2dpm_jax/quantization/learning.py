@@ -151,13 +151,13 @@ class Task(NamedTuple):
   grids: Grids
   initial: Grids
   batch: Any
-  first: int | Array
+  first: Any
   target: Any
   importance: Any
   whole: Any
   rows: Array
   key: Array
-  iters: int | Array
+  iters: Any
   knobs: Knobs
 
 
@@ -170,11 +170,10 @@ class Progress(NamedTuple):
 
 
 def start(learned: dict[str, Array]) -> Progress:
-  """Nothing learned yet. The arrays are copied: steps overwrite theirs."""
+  """Nothing learned yet."""
   state = jax.eval_shape(optax.scale_by_adam().init, learned)
   zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
-  copies = {path: np.asarray(x) for path, x in learned.items()}
-  return Progress(copies, zeros, np.zeros([], np.float32))
+  return Progress(learned, zeros, np.zeros([], np.float32))
 
 
 @functools.partial(jax.jit, static_argnames=('total', 'batch_size', 'iters'))
@@ -344,6 +343,20 @@ def steps(
   )
 
 
+def size_of(phase: str, settings: Settings) -> tuple[int, int]:
+  """Iterations of a phase, and their batch size."""
+  if phase == 'weight':
+    return settings.iters, settings.batch_size
+  return settings.act_iters, settings.act_batch_size
+
+
+def parts_of(iters: int, reports: int, loop: bool) -> tuple[int, int]:
+  """Iterations of one call, and of one report; see `run_steps`."""
+  parts = max(n for n in range(1, min(reports, iters) + 1) if iters % n == 0)
+  size = iters // parts
+  return size if loop else 1, size
+
+
 def run_steps(
   run: Callable[[int, Progress, Any], Progress],
   progress: Progress,
@@ -369,9 +382,7 @@ def run_steps(
   Returns:
     What was learned, by layer.
   """
-  parts = max(n for n in range(1, min(reports, iters) + 1) if iters % n == 0)
-  size = iters // parts
-  count = size if loop else 1
+  count, size = parts_of(iters, reports, loop)
   for done in range(0, iters, size):
     for first in range(done, done + size, count):
       progress = run(count, progress, np.int32(first))

@@ -28,6 +28,7 @@ import numpy as np
 
 from d2dpm_jax.quantization import (
   affine,
+  ahead,
   importance,
   learning,
   stored_units,
@@ -137,6 +138,7 @@ class _Reconstruction:
   walker: units.Walker
   settings: Settings
   streams: units.Streams
+  programs: ahead.Ahead
   key: Array
   progress: Progress | None
   on_unit_done: Callable[[str, stored_units.Arrays], None] | None
@@ -161,10 +163,9 @@ class _Reconstruction:
         self.settle(phase, visit, len(seen), start)
         seen.append(unit.path)
       weights, grids = self.quantizers(visit)
-      variables = visit.with_weights(weights)
       return self.streams.map(
-        lambda rows: learning.forward(
-          visit.call, variables, grids, rows, visit.whole
+        self.forward(
+          visit.call, visit.with_weights(weights), grids, visit.whole
         ),
         visit.batch,
         self.streams.samples,
@@ -172,8 +173,7 @@ class _Reconstruction:
         visit.out,
       )
 
-    host = jax.local_devices(backend='cpu')[0] if self.streams.on_host else None
-    with jax.default_device(host):
+    with jax.default_device(self.streams.default_device):
       out = self.walker.walk(
         self.apply, self.variables, self.inputs, on_unit, self.on_float
       )
@@ -186,12 +186,20 @@ class _Reconstruction:
     )
     if not batch or not form.is_hashable:
       return call(*args, **kwargs)
-    variables, whole = self.streams.fetch((module.variables, whole))
     return self.streams.map(
-      lambda rows: learning.forward(form, variables, {}, rows, whole),
+      self.forward(form, module.variables, {}, whole),
       batch,
       0,
       2 * self.streams.samples,
+    )
+
+  def forward(
+    self, call: units.Call, variables: Any, grids: Any, whole: Any
+  ) -> Callable[[Any], Any]:
+    """rows of a unit's inputs -> its output."""
+    variables, grids, whole = self.streams.fetch((variables, grids, whole))
+    return lambda rows: self.programs.call(
+      learning.forward, call, variables, grids, rows, whole
     )
 
   def visit(self, unit: Unit, module: Any, args: Any, kwargs: Any) -> _Visit:
@@ -211,10 +219,7 @@ class _Reconstruction:
       for path in unit.layers
     }
     out = self.streams.map(
-      lambda rows: learning.forward(form, variables, {}, rows, whole),
-      batch,
-      0,
-      self.streams.samples,
+      self.forward(form, variables, {}, whole), batch, 0, self.streams.samples
     )
     return _Visit(unit, form, variables, layers, batch, whole, out)
 
@@ -418,16 +423,11 @@ class _Reconstruction:
   ) -> tuple[float, float]:
     """Mean loss over the calibration set, and the norm of the target."""
     total = np.zeros(2)
+    forward = self.forward(visit.call, variables, grids, visit.whole)
     for rows, repeated in self.streams.chunks(0, self.streams.samples):
       target, weights = self.streams.pick((visit.out, norm.importance), rows)
       # Not one program: the forward is compiled already.
-      out = learning.forward(
-        visit.call,
-        variables,
-        grids,
-        self.streams.pick(visit.batch, norm.first + rows),
-        visit.whole,
-      )
+      out = forward(self.streams.pick(visit.batch, norm.first + rows))
       found = learning.measure(out, target, norm.p, weights)
       total += [np.sum(np.asarray(x, float)[repeated:]) for x in found]
     loss, signal = total / self.streams.samples
@@ -438,11 +438,12 @@ class _Reconstruction:
       return {}
     count = min(self.settings.act_init_samples, self.streams.samples)
     rows = self.streams.samples + np.arange(count)
-    return learning.search_grids(
+    return self.programs.call(
+      learning.search_grids,
       visit.call,
       tuple(visit.layers.items()),
       self.settings.act_range,
-      variables,
+      self.streams.fetch(variables),
       self.streams.fetch(units.take_rows(visit.batch, rows, None)),
       visit.whole,
     )
@@ -464,12 +465,8 @@ class _Reconstruction:
       What was learned, and milliseconds per iteration.
     """
     s = self.settings
-    iters, batch_size = (
-      (s.iters, s.batch_size)
-      if phase == 'weight'
-      else (s.act_iters, s.act_batch_size)
-    )
-    loop = s.loop if s.loop is not None else not self.streams.on_cpu
+    iters, batch_size = learning.size_of(phase, s)
+    loop = self.streams.loops(s.loop)
     batch, first = self.streams.to_learn_from(visit.batch, norm.first)
     target, _ = self.streams.to_learn_from(visit.out, 0)
     weights, _ = self.streams.to_learn_from(norm.importance, 0)
@@ -480,18 +477,19 @@ class _Reconstruction:
       grids=grids,
       initial=initial,
       batch=batch,
-      first=first,
+      first=np.int32(first),
       target=target,
       importance=weights,
       whole=visit.whole,
       rows=self.streams.fetch(rows),
       key=key,
-      iters=iters,
+      iters=np.int32(iters),
       knobs=learning.knobs(s),
     )
 
     def run(count, progress, begin):
-      return learning.steps(
+      return self.programs.call(
+        learning.steps,
         phase,
         visit.call,
         norm.p,
@@ -509,7 +507,9 @@ class _Reconstruction:
       if self.progress is not None:
         self.progress(visit.unit.path, phase, done, iters, loss)
 
-    progress = self.streams.fetch(learning.start(learned))
+    # Copies: steps overwrite theirs.
+    progress = jax.tree.map(np.array, learning.start(learned))
+    progress = self.streams.fetch(progress)
     found = learning.run_steps(run, progress, iters, loop, s.reports, report)
     (first_done, start), (last_done, end) = marks[0], marks[-1]
     rate = 1e3 * (end - start) / max(last_done - first_done, 1)
@@ -614,18 +614,25 @@ def reconstruct(
       f'Stored units that the network lacks: {sorted(strangers)}.'
     )
   streams = streams_of(samples, settings)
-  run = _Reconstruction(
-    apply,
-    jax.device_put(variables, streams.beside_home),
-    [streams.stack(x) for x in inputs],
-    walker,
-    settings,
-    streams,
-    key,
-    progress,
-    on_unit_done,
-    resume or {},
+  variables = jax.device_put(variables, streams.beside_home)
+  stacked = [streams.stack(x) for x in inputs]
+  programs = ahead.programs(
+    apply, variables, walker, stacked, settings, streams, resume or {}
   )
-  snr_db = {phase: run.run_phase(phase) for phase in PHASES}
+  with ahead.Ahead(programs, streams.default_device) as compiling:
+    run = _Reconstruction(
+      apply,
+      variables,
+      stacked,
+      walker,
+      settings,
+      streams,
+      compiling,
+      key,
+      progress,
+      on_unit_done,
+      resume or {},
+    )
+    snr_db = {phase: run.run_phase(phase) for phase in PHASES}
   state = {path: run.state[path] for path in walker.policy}
   return Result(state, run.reports, snr_db)

@@ -27,7 +27,7 @@ class UnitReport:
     signal: the same norm of the full-precision output, to compare with.
     flipped: share of the learned weights not rounded to nearest; 0 for 'act'.
     kept_initial: learning made it worse and was thrown away.
-    seconds: time it took, compilation included.
+    seconds: time it took, waiting for programs included.
     ms_per_iteration: of learning, without the first iterations and with them
       compilation; 0 if there were too few to tell.
   """

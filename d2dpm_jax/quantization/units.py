@@ -221,6 +221,7 @@ class Streams:
     whole: sharding of everything else: a copy on each of them.
     home: where the stacked arrays are kept.
     beside_home: where arrays are that are combined with them.
+    default_device: of what runs between the units; None is JAX's own.
   """
 
   def __init__(
@@ -253,8 +254,9 @@ class Streams:
     self.on_host = on_host
     self.home: jax.sharding.Sharding = self.split
     self.beside_home: jax.sharding.Sharding = self.whole
+    self.default_device: jax.Device | None = None
     if on_host:
-      host = jax.local_devices(backend='cpu')[0]
+      host = self.default_device = jax.local_devices(backend='cpu')[0]
       self.home = self.beside_home = jax.sharding.SingleDeviceSharding(host)
 
   @property
@@ -264,6 +266,16 @@ class Streams:
   @property
   def on_cpu(self) -> bool:
     return self.split.mesh.devices.flat[0].platform == 'cpu'
+
+  def loops(self, wanted: bool | None) -> bool:
+    """Whether iterations run in compiled loops, see `Settings.loop`."""
+    return not self.on_cpu if wanted is None else wanted
+
+  @property
+  def place_of_half(self) -> jax.sharding.Sharding:
+    """Of one stream's rows, when the other stays at home."""
+    divides = self.samples % self.num_devices == 0
+    return self.split if divides else self.whole
 
   def fetch(self, tree: Any) -> Any:
     """A copy for every device. Commits arrays: programs are cached by that."""
@@ -284,8 +296,7 @@ class Streams:
     if not self.on_host:
       return batch, first
     half = jax.tree.map(lambda x: x[first : first + self.samples], batch)
-    sizes = {x.shape[0] % self.num_devices for x in jax.tree.leaves(half)}
-    return jax.device_put(half, self.whole if any(sizes) else self.split), 0
+    return jax.device_put(half, self.place_of_half), 0
 
   def chunks(
     self, first: int, count: int, size: int | None = None

@@ -75,7 +75,11 @@ def peak_memory() -> int:
 
 
 class Times:
-  """Wall time of phases, and how much of it programs were being compiled."""
+  """Wall time of phases, and how long programs were compiled in them.
+
+  Threads compile side by side, and beside other work, so that this may be more
+  than the wall time.
+  """
 
   def __init__(self) -> None:
     self.seconds: dict[str, float] = {}
@@ -95,8 +99,7 @@ class Times:
 
   def lines(self) -> list[str]:
     return [
-      f'{name:13} {seconds:8.1f} s, of which compiling '
-      f'{self.compiling[name]:.1f} s'
+      f'{name:13} {seconds:8.1f} s, compiling {self.compiling[name]:.1f} s'
       for name, seconds in self.seconds.items()
     ]
 

@@ -344,7 +344,7 @@ def test_units_leave_metrics_a_plot_and_a_summary(calibrated):
     arrays = stored[f'{row["unit"].replace("/", ".")}.npz']
     assert row['loss_before'] == arrays['report:loss_before']
     assert row['loss_after'] == arrays['report:loss_after']
-    assert row['compile_seconds'] >= 0
+    assert row['seconds'] > 0
   with Image.open(calibrated.paths.unit_plot) as picture:
     picture.load()
     assert min(picture.size) > 300 and np.asarray(picture).std() > 10

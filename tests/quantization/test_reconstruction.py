@@ -1,7 +1,10 @@
 """Reconstruction of a small network with blocks, unit by unit."""
 
+import collections
 import dataclasses
 import functools
+import logging
+import threading
 
 import flax.linen as nn
 import jax
@@ -603,6 +606,38 @@ class ReconstructionTest(absltest.TestCase):
     self.assertLen(np.unique(rows[:2]), 8)  # Within an epoch none twice.
     other = learning.draw_rows(jax.random.key(4), 10, 4, 12)
     self.assertGreater(int(jnp.sum(rows != other)), 10)
+
+  def test_programs_are_compiled_ahead(self):
+    # In other threads, and exactly those that are called.
+    compiled = {True: collections.Counter(), False: collections.Counter()}
+
+    class Handler(logging.Handler):
+      def emit(self, record):
+        words = record.getMessage().split()
+        if words[0] == 'Compiling':
+          here = threading.current_thread() is threading.main_thread()
+          compiled[here][words[1]] += 1
+
+    ours = {'jit(forward)', 'jit(steps)', 'jit(search_grids)'}
+    handler, logger = Handler(), logging.getLogger('jax')
+    logger.addHandler(handler)
+    jax.config.update('jax_log_compiles', True)  # In all threads.
+    try:
+      for changes in (
+        {'chunk': 19},
+        {'devices': 8, 'chunk': 16},
+        {'host_streams': True, 'chunk': 11},
+        {'drop_prob': 0.5, 'per_channel': False, 'chunk': 13},
+      ):
+        compiled[False].clear()
+        # Batch sizes that no other test has: nothing is compiled already.
+        sizes = dict(iters=3, act_iters=3, batch_size=32, act_batch_size=8)
+        _run_mlp(dataclasses.replace(QUICK, **sizes, **changes))
+        self.assertEqual(ours & set(compiled[True]), set(), changes)
+        self.assertEqual(ours - set(compiled[False]), set(), changes)
+    finally:
+      jax.config.update('jax_log_compiles', False)
+      logger.removeHandler(handler)
 
   def test_equal_units_share_programs(self):
     # Not an equality of counts only: a program per unit would take minutes.
