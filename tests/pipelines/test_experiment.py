@@ -6,6 +6,8 @@ import re
 import shutil
 from typing import NamedTuple
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from helpers import assert_trees_equal, contents
 
 from configs import imagenet, lsun_churches, mnist
 from d2dpm_jax.evaluation import features
+from d2dpm_jax.models import latent_diffusion
 from d2dpm_jax.pipelines import (
   artifacts,
   evaluate,
@@ -21,6 +24,7 @@ from d2dpm_jax.pipelines import (
   experiment_grid,
   sample,
   setup,
+  statistics,
 )
 from d2dpm_jax.quantization import affine
 from d2dpm_jax.reporting import plots
@@ -34,18 +38,11 @@ _IMAGES = 6
 
 
 def _config(reference='', **settings):
-  """A small grid of the tiny model, with random weights."""
-  config = tiny_config.get_config('few')
-  config.checkpoint.path = 'random:0'
+  """A small grid."""
+  config = tiny_config.get_config()
   config.calibration.update(num_samples=8, batch_size=8)
   config.statistics.update(num_samples=8, folds=2)
-  # One layer beside the first and the last: quick to calibrate.
-  config.quant.update(
-    float_layers=r'(?!middle_block_0/in_layers_2).*',
-    weight_range='max',
-    act_range='max',
-    block_types=(),
-  )
+  config.quant.update(weight_range='max', act_range='max', float_layers='')
   config.sample.microbatch = 1
   config.evaluate.update(reference=str(reference), batch_size=8)
   config.experiment.update(
@@ -62,6 +59,42 @@ def _config(reference='', **settings):
   return config
 
 
+class _Net(nn.Module):
+  """In the U-Net's place: four layers, compiled in no time."""
+
+  out_channels: int = 3
+  context_dim: int = 16
+
+  @nn.compact
+  def __call__(self, x, t, context):
+    t = jnp.stack([jnp.sin(t / 300), jnp.cos(t / 300)], -1)
+    told = nn.Dense(8, name='time_embed_0')(t)
+    told += nn.Dense(8, name='context')(context[:, 0])
+    h = nn.Conv(8, (3, 3), name='input_blocks_0_0')(x)
+    h = nn.Conv(8, (3, 3), name='middle')(nn.silu(h + told[:, None, None]))
+    return nn.Conv(self.out_channels, (3, 3), name='out_2')(nn.silu(h))
+
+
+class _Latents(latent_diffusion.LatentDiffusion):
+  """Shows latents, each twice as high and wide, in place of a decoder."""
+
+  def decode(self, params, z):
+    return z[..., :1].repeat(2, 1).repeat(2, 2)
+
+
+def _model():
+  config = tiny_config.get_config()
+  ldm = setup.build(config)
+  fields = {f.name: getattr(ldm, f.name) for f in dataclasses.fields(ldm)}
+  ldm = _Latents(**{**fields, 'unet': _Net()})
+  key, label = jax.random.key(0), jnp.zeros([1], jnp.int32)
+  condition = ldm.cond_stage.init(key, label)['params']
+  params = {'cond_stage': condition}
+  x, context = jnp.zeros([1, *ldm.latent_shape]), ldm.context(params, label)
+  params['unet'] = ldm.unet.init(key, x, label, context)['params']
+  return setup.Model(config, ldm, jax.tree.map(np.asarray, params), 'toy')
+
+
 def _apply(params, images):
   x = images.astype(jnp.float32) / 255
   flat = x.reshape(len(x), -1)
@@ -73,8 +106,8 @@ def _apply(params, images):
 
 
 @pytest.fixture(scope='module', autouse=True)
-def small_net():
-  """In the digit classifier's place: images of 8x8, four classes."""
+def small_networks():
+  """The model above, and a judge of images of 8x8 with four classes."""
   rng = np.random.default_rng(7)
   params = {
     name: rng.normal(size=(64, size)).astype(np.float32)
@@ -83,7 +116,14 @@ def small_net():
   net = features.FeatureNet('digits', 'small', (8, 8, 1), 4, params, _apply)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(evaluate, '_digit_net', lambda: net)
-    yield
+    model = _model()
+    patch.setattr(
+      setup,
+      'load',
+      lambda config, paths=None: dataclasses.replace(model, config=config),
+    )
+    patch.setattr(statistics, '_draw', lambda *_: None)  # Takes a while.
+    yield net
 
 
 @pytest.fixture(scope='module')
@@ -120,7 +160,7 @@ def _watched():
 
 
 @pytest.fixture(scope='module')
-def finished(small_net, reference, tmp_path_factory, quick_compile):
+def finished(small_networks, reference, tmp_path_factory, quick_compile):
   config = _config(reference)
   paths = files.Workdir.at(tmp_path_factory.mktemp('experiment') / 'work')
   with _watched() as sampled:
@@ -297,11 +337,11 @@ def test_a_sampler_and_a_correction_are_compiled_once(finished):
   )
   cell = experiment_grid.Cell(_SAMPLERS[0], 9, 'nearest', 'W8A8', 'd-d2')
   bench = experiment._prepare(four.model, finished.paths)
-  for statistics in ('tensor', 'channel'):
+  for kind in ('tensor', 'channel'):
     sampled = experiment._sample(
       bench,
       experiment._on_device(experiment._with_float_weights(eight)),
-      dataclasses.replace(cell, statistics=statistics),
+      dataclasses.replace(cell, statistics=kind),
       _NoProgress(),
     )
     assert sampled.timing.compile_seconds == 0
@@ -549,13 +589,14 @@ def test_bad_settings_leave_nothing_behind(reference, tmp_path, settings, part):
   assert not (tmp_path / 'work').exists()
 
 
-def test_images_that_the_network_does_not_take(reference, tmp_path):
-  config = _config(reference)
-  config.model.update(image_size=16, latent_shape=(8, 8, 3))
-  config.model.first_stage.update(resolution=16)
-  with pytest.raises(ValueError, match=re.escape('[8, 8, 1]')):
-    experiment.run(config, str(tmp_path / 'work'))
+def test_what_cannot_be_judged(
+  small_networks, reference, tmp_path, monkeypatch
+):
   config = _config('')
   with pytest.raises(ValueError, match='evaluate.reference is not set'):
     experiment.run(config, str(tmp_path / 'work'))
+  other = dataclasses.replace(small_networks, image_shape=(32, 32, 1))
+  monkeypatch.setattr(evaluate, '_digit_net', lambda: other)
+  with pytest.raises(ValueError, match=re.escape('takes [32, 32, 1]')):
+    experiment.run(_config(reference), str(tmp_path / 'work'))
   assert not (tmp_path / 'work').exists()
