@@ -39,7 +39,7 @@ from d2dpm_jax.pipelines import (
 from d2dpm_jax.pipelines.experiment_grid import Cell, Grid
 from d2dpm_jax.quantization import transform
 from d2dpm_jax.reporting import plots, tables
-from d2dpm_jax.runtime import files, progress
+from d2dpm_jax.runtime import devices, files, progress
 
 _log = logging.getLogger(__name__)
 
@@ -371,8 +371,8 @@ def _with_float_weights(quantized: artifacts.Quantized) -> artifacts.Quantized:
 def _on_device(quantized: artifacts.Quantized) -> artifacts.Quantized:
   """Moves the arrays there once, and not for every cell."""
   model = quantized.model
-  model = dataclasses.replace(model, params=jax.device_put(model.params))
-  qstate = jax.device_put(quantized.qstate)
+  model = dataclasses.replace(model, params=devices.replicate(model.params))
+  qstate = devices.replicate(quantized.qstate)
   return dataclasses.replace(quantized, model=model, qstate=qstate)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from d2dpm_jax.denoising import correction as corrections
 from d2dpm_jax.diffusion import noise
 from d2dpm_jax.pipelines import artifacts, generation, setup, statistics
-from d2dpm_jax.runtime import files, images, progress
+from d2dpm_jax.runtime import devices, files, images, progress
 
 _log = logging.getLogger(__name__)
 _GRID = 64  # Images shown in the picture, at most.
@@ -188,7 +188,7 @@ def batch_runner(
   inputs = generation.Inputs(
     model.params, quantized.qstate, rows, noise.seed_key(seed)
   )
-  inputs = jax.device_put(inputs)
+  inputs = devices.replicate(inputs)
   return lambda index, labels: program(inputs, index, labels)
 
 

@@ -22,7 +22,7 @@ from d2dpm_jax.diffusion import ddim, noise
 from d2dpm_jax.pipelines import artifacts, generation, setup, trajectories
 from d2dpm_jax.quantization import transform
 from d2dpm_jax.reporting import error_plots, plots
-from d2dpm_jax.runtime import files, progress
+from d2dpm_jax.runtime import devices, files, progress
 
 _log = logging.getLogger(__name__)
 
@@ -190,8 +190,8 @@ def _fit_full_precision(
   program = generation.eps_program(
     model.ldm, model.sampler, config.sample.microbatch
   )
-  inputs = generation.Inputs(
-    model.params, qstate, None, noise.seed_key(config.seed)
+  inputs = devices.replicate(
+    generation.Inputs(model.params, qstate, None, noise.seed_key(config.seed))
   )
   count = config.statistics.num_samples
   with progress.progress('statistics', count, 'image') as bar:
@@ -273,7 +273,7 @@ def _fit_quantized(
     config.sample.correction,
     config.sample.microbatch,
   )
-  inputs = jax.device_put(
+  inputs = devices.replicate(
     generation.Inputs(
       model.params, qstate, None, trajectories.noise_key(config.seed)
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from d2dpm_jax.diffusion import noise
 from d2dpm_jax.pipelines import generation, setup
-from d2dpm_jax.runtime import files, progress
+from d2dpm_jax.runtime import devices, files, progress
 
 _log = logging.getLogger(__name__)
 
@@ -111,7 +111,9 @@ def collect(
   }
   claim(directory, settings)
   program = generation.trajectory_program(model.ldm, model.sampler, microbatch)
-  inputs = generation.Inputs(model.params, {}, None, noise_key(seed))
+  inputs = devices.replicate(
+    generation.Inputs(model.params, {}, None, noise_key(seed))
+  )
   starts = tuple(range(0, num_samples, batch_size))
   with progress.progress('trajectories', num_samples, 'image') as bar:
     for start in starts:

@@ -1,5 +1,6 @@
 """Full-precision trajectories on disk: made once, the same when made again."""
 
+import logging
 import shutil
 
 import jax
@@ -71,10 +72,16 @@ def test_what_is_there_is_not_made_again(spool, tiny, monkeypatch):
   assert contents(spool) == before
 
 
-def test_a_damaged_file_is_named(spool, tiny):
+def test_a_damaged_file_is_made_again(spool, tiny, caplog):
+  before = contents(spool)
   path = spool / '000008.x.npy'
   path.write_bytes(path.read_bytes()[:-100])
-  found = _collect(tiny.model, spool)
+  with caplog.at_level(logging.WARNING, 'd2dpm_jax'):
+    found = _collect(tiny.model, spool)
+  assert '000008.x.npy is damaged' in caplog.text
+  assert contents(spool) == before
+  # Damaged after it was looked at.
+  path.write_bytes(path.read_bytes()[:-100])
   found.batch(0)
   with pytest.raises(ValueError, match='000008.x.npy is damaged'):
     found.batch(8)
