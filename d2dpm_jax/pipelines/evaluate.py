@@ -99,10 +99,7 @@ def evaluate(
     )
   sets = [image_names.find(name, config, paths) for name in names]
   for samples in sets:
-    if samples.shape[0] < 2:
-      raise ValueError(
-        f'{samples.name} holds {samples.shape[0]} image; at least 2 are needed.'
-      )
+    _check_count(samples)
   others = None
   if settings.fidelity:
     others = image_names.find(settings.fidelity, config, paths)
@@ -374,6 +371,11 @@ def _embedded(name: str) -> pathlib.Path:
   return pathlib.Path(str(folder)) / name
 
 
+def _check_count(images_: image_sets.ImageSet) -> None:
+  if images_.shape[0] < 2:
+    raise ValueError(f'{images_.name} holds 1 image; at least 2 are needed.')
+
+
 def _check_images(
   samples: image_sets.ImageSet, net: features.FeatureNet
 ) -> None:
@@ -427,6 +429,7 @@ def _reference(
   if references.is_batch(pathlib.Path(name)):
     return _reference_batch(pathlib.Path(name), config, net)
   images_ = image_names.find(name, config, paths)
+  _check_count(images_)
   _check_images(images_, net)
   return _summarize(images_, net, config.evaluate.batch_size)
 
