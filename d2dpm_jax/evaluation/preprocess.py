@@ -1,7 +1,7 @@
 """How models' authors made square images of photographs of any size.
 
-A reference has to be made as the training images were: how photographs are cut
-and shrunk moves FID by more than methods differ.
+A reference has to be made as the training images were, or FID does not compare:
+it sees how photographs were cut and shrunk.
 """
 
 from collections.abc import Callable
