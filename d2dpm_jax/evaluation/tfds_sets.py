@@ -4,6 +4,7 @@ Files are taken as they are in the data set and decoded by PIL, as the authors
 of the models did: TensorFlow's decoder of JPEG gives other pixels.
 """
 
+import importlib.util
 import logging
 import re
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ _log = logging.getLogger(__name__)
 _PREFIX = 'tfds:'
 # name[/config][:version]:split, as in tfds:lsun/bedroom:train[:50000]
 _NAME = re.compile(r'tfds:([\w/]+(?::\d[\w.*]*)?):(\w+(?:\[[^\[\]]*\])?)')
+# Modules that tfds asks for only when it writes a data set, after hours of
+# downloading: of all data sets, and of some.
+_TO_PREPARE = {'': ('importlib_resources',), 'lsun': ('tensorflow_io',)}
 _SIZE = 32  # MNIST's images, 28 x 28, get a black border, as in training.
 
 
@@ -113,6 +117,11 @@ def _builder(library: Any, title: str) -> Any:
     ) from error
   if builder.is_prepared():
     return builder
+  if missing := _missing(title):
+    raise ValueError(
+      f'To prepare {title}, tensorflow-datasets needs what is not installed: '
+      f'pip install {" ".join(missing)}.'
+    )
   _log.info(
     'Preparing %s (%s to download) in %s; this is done once.',
     title,
@@ -131,6 +140,13 @@ def _builder(library: Any, title: str) -> Any:
       f'{" ".join(str(error).split())}'
     ) from error
   return builder
+
+
+def _missing(title: str) -> list[str]:
+  """Modules that are not there but needed to prepare a data set."""
+  family = re.split('[/:]', title)[0]
+  needed = (*_TO_PREPARE[''], *_TO_PREPARE.get(family, ()))
+  return [name for name in needed if importlib.util.find_spec(name) is None]
 
 
 def _bordered(batch: np.ndarray) -> np.ndarray:

@@ -85,6 +85,7 @@ def library(monkeypatch):
     decode=types.SimpleNamespace(SkipDecoding=lambda: 'files as they are'),
   )
   monkeypatch.setattr(tfds_sets, '_library', lambda: fake)
+  monkeypatch.setattr(tfds_sets.importlib.util, 'find_spec', lambda name: name)
   return known
 
 
@@ -183,6 +184,21 @@ def test_what_cannot_be_read_is_one_line(library, name, message):
     found = tfds_sets.from_name(name, pictures.Square('adm', 8))
     list(found.batches(2))
   assert '\n' not in str(error.value)
+
+
+def test_missing_packages_are_named_before_the_download(library, monkeypatch):
+  for name in ('photos', 'lsun/church_outdoor'):
+    library[name] = _Builder(prepared=False, train=map(_file, _photographs(2)))
+  have = {'importlib_resources'}
+  find = {name: name for name in have}.get
+  monkeypatch.setattr(tfds_sets.importlib.util, 'find_spec', find)
+  square = pictures.Square('ldm', 8)
+  assert tfds_sets.from_name('tfds:photos:train', square).shape[0] == 2
+  name = 'tfds:lsun/church_outdoor:train'
+  with pytest.raises(ValueError, match='pip install tensorflow_io[.]$'):
+    tfds_sets.from_name(name, square)
+  library['lsun/church_outdoor'].prepared = True  # Nothing is needed then.
+  assert tfds_sets.from_name(name, square).shape[0] == 2
 
 
 def test_missing_tensorflow_is_named(monkeypatch):
