@@ -8,6 +8,7 @@ openai/guided-diffusion; see docs/evaluate.md.
 
 import dataclasses
 import importlib.resources
+import itertools
 import logging
 import pathlib
 from collections.abc import Mapping
@@ -192,9 +193,8 @@ def check_installation() -> None:
   net = _digit_net()
   reference = references.load(_embedded('mnist_reference.npz'), net)
   wrong, count = [], 0
-  for check in (
-    *selfcheck.checks(),
-    *selfcheck.digit_checks(net, reference),
+  for check in itertools.chain(
+    selfcheck.checks(), selfcheck.digit_checks(net, reference)
   ):
     print(check.line())
     count += 1
@@ -294,9 +294,9 @@ def table(result: Mapping[str, Any]) -> str:
   Args:
     result: as of `evaluate`; several sets become columns.
   """
-  columns = [_column(one) for one in _sets(result)]
-  # A row that only some sets have would be one that nobody asked for.
-  names = list(columns[0])
+  sets = result['sets'].values() if 'sets' in result else [result]
+  columns = [_column(one) for one in sets]
+  names = list(columns[0])  # All have the same rows.
   cells = [[column[name] for column in columns] for name in names]
   widths = [max(map(len, column.values())) for column in columns]
   return '\n'.join(
@@ -308,10 +308,6 @@ def table(result: Mapping[str, Any]) -> str:
     ).rstrip()
     for name, row in zip(names, cells, strict=True)
   )
-
-
-def _sets(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-  return list(result['sets'].values()) if 'sets' in result else [result]
 
 
 def _column(result: Mapping[str, Any]) -> dict[str, str]:
