@@ -29,8 +29,8 @@ _log = logging.getLogger(__name__)
 TRAJECTORIES = ('fp', 'quantized')
 _LOGGED_ROWS = 10  # Of the table of held-out errors, at most.
 
-# Timestep -> chunks (eps_q, eps), float32[N, h, w, c].
-PairsAt = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]
+# Timestep -> chunks (eps_q, eps, x_t), float32[N, h, w, c].
+PointsAt = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]]
 
 
 class Statistics(NamedTuple):
@@ -78,7 +78,7 @@ def fit_errors(
     if model.config.statistics.trajectory == 'quantized'
     else _fit_full_precision
   )
-  found, pairs = fit(model, qstate, spool, paths)
+  found, points = fit(model, qstate, spool, paths)
   table = selection.format_table(found.held_out)
   with files.atomic_write(paths.held_out_table, 'w') as file:
     file.write(f'{table}\n')
@@ -90,19 +90,19 @@ def fit_errors(
     paths.held_out_table,
     '\n'.join([header, *shown]),
   )
-  _draw(found, pairs, model.config.statistics.outlier_std, paths)
+  _draw(found, points, model.config.statistics.outlier_std, paths)
   return found
 
 
 def _draw(
-  found: Statistics, pairs: PairsAt, outlier_std: float, paths: files.Workdir
+  found: Statistics, points: PointsAt, outlier_std: float, paths: files.Workdir
 ) -> None:
-  """Writes the figures of `found`; `pairs` are what it was fitted on."""
+  """Writes the figures of `found`; `points` are what it was fitted on."""
   errors, held_out = found
   tensor = errors['tensor']
   counted = [
     error_plots.count_joint(
-      t, functools.partial(pairs, t), tensor, held_out, outlier_std
+      t, functools.partial(points, t), tensor, held_out, outlier_std
     )
     for t in error_plots.shown_timesteps(tensor.timesteps)
   ]
@@ -142,13 +142,13 @@ def corrected_with(settings: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def _fit(
-  timesteps: Sequence[int], pairs: PairsAt, model: setup.Model
+  timesteps: Sequence[int], points: PointsAt, model: setup.Model
 ) -> Statistics:
   settings, config = settings_of(model), model.config.statistics
   error_models = {
     kind: gaussian.fit(
       timesteps,
-      pairs,
+      points,
       channel_wise=kind == 'channel',
       outlier_std=config.outlier_std,
       settings=settings,
@@ -160,7 +160,7 @@ def _fit(
     selection.evaluate(
       error_models['tensor'],
       error_models['channel'],
-      pairs,
+      points,
       config.folds,
       config.outlier_std,
     ),
@@ -183,7 +183,7 @@ def _fit_full_precision(
   qstate: transform.QuantState,
   spool: trajectories.Trajectories,
   paths: files.Workdir,
-) -> tuple[Statistics, PairsAt]:
+) -> tuple[Statistics, PointsAt]:
   """On the trajectories as they are on disk."""
   config = model.config
   directory = paths.calibration / 'eps_q'
@@ -207,16 +207,18 @@ def _fit_full_precision(
     (
       trajectories.read_array(directory, f'{start:06d}'),
       batch.eps[:rows],
+      batch.x[:rows],
     )
     for start, rows, batch in _batches(model, spool)
   ]
   steps = generation.rows_of(model.ldm, model.sampler).t.tolist()
 
-  def pairs(t: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  def points(t: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     step = steps.index(t)
-    return ((eps_q[:, step], eps[:, step]) for eps_q, eps in opened)
+    for eps_q, eps, x in opened:
+      yield eps_q[:, step], eps[:, step], x[:, step]
 
-  return _fit(steps, pairs, model), pairs
+  return _fit(steps, points, model), points
 
 
 def _step_inputs(
@@ -247,7 +249,7 @@ def _fit_quantized(
   qstate: transform.QuantState,
   spool: trajectories.Trajectories,
   paths: files.Workdir,
-) -> tuple[Statistics, PairsAt]:
+) -> tuple[Statistics, PointsAt]:
   """On trajectories of the quantized, corrected network.
 
   They begin where those of the spool do, with the same labels and the same
@@ -284,10 +286,13 @@ def _fit_quantized(
 
   steps = rows.t.tolist()
 
-  def pairs(t: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  def points(t: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     step = steps.index(t)
     for start, *_ in _batches(model, spool):
-      yield read(step, start, 'eps_q'), read(step, start, 'eps')
+      eps_q, eps, x = (
+        read(step, start, name) for name in ('eps_q', 'eps', 'x')
+      )
+      yield eps_q, eps, x
 
   found: list[Statistics] = []
   total = config.statistics.num_samples * len(rows.t)
@@ -313,7 +318,7 @@ def _fit_quantized(
             trajectories.write_array(directory, stem, array)
         bar.update(count, reused=reused)
 
-      opened = list(pairs(t))  # Not in the threads that fit.
+      opened = list(points(t))  # Not in the threads that fit.
       there = functools.partial(lambda opened, t: iter(opened), opened)
       found.append(_fit([t], there, model))
   joined = Statistics(
@@ -323,4 +328,4 @@ def _fit_quantized(
     },
     selection.HeldOut.join([f.held_out for f in found]),
   )
-  return joined, pairs
+  return joined, points

@@ -121,7 +121,10 @@ def _loop(model, x, labels, held_out):
       left = 0.0
     elif config.sample.correction == 'auto':
       best = held_out.choice()[step]
-      mu = held_out.gain[step, best] * eps_q + held_out.bias[step, best]
+      known = np.concatenate([eps_q, x], -1)
+      mu = known @ held_out.weights[step, best] + held_out.bias[step, best]
+      if selection.CANDIDATES[best] == 'linear+place':
+        mu = mu + held_out.place[step]
       left = held_out.left_variance[step, best]
     eps = eps_q - mu
     a, prev = alphas[t], alphas[_T[step + 1] if step < 3 else 0]
