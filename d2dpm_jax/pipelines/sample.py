@@ -197,7 +197,7 @@ def compare(
   settings: ml_collections.ConfigDict,
   directory: pathlib.Path,
 ) -> pathlib.Path:
-  """Writes one picture: the same noise through four samplers, in rows."""
+  """Writes one picture: the same noise through all samplers, in rows."""
   model = quantized.model
   plain_model = artifacts.full_precision(model)
   given = np.asarray(settings.labels, np.int32)
@@ -214,6 +214,7 @@ def compare(
     bits: (quantized, 'none'),
     f'{bits}, S-D2': (quantized, 's-d2'),
     f'{bits}, D-D2': (quantized, 'd-d2'),
+    f'{bits}, auto': (quantized, 'auto'),
   }
   pictures, row_names = [], []
   for name, (source, correction) in rows.items():
