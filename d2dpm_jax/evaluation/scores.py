@@ -66,10 +66,21 @@ def label_agreement(logits: np.ndarray, labels: np.ndarray) -> float:
     raise ValueError(
       f'{len(logits)} images but labels of shape {list(labels.shape)}.'
     )
-  classes = logits.shape[1]
+  check_labels('The set', labels, logits.shape[1])
+  return float(np.mean(logits.argmax(-1) == labels))
+
+
+def check_labels(name: str, labels: np.ndarray, classes: int) -> None:
+  """Raises ValueError if a label of int[N] is not in 0..classes-1.
+
+  Args:
+    name: of the set of images, for the message.
+    labels: what was asked for.
+    classes: how many the network knows that judges them.
+  """
   if labels.min() < 0 or labels.max() >= classes:
     raise ValueError(
-      f'Labels from {labels.min()} to {labels.max()}: the network that judges '
-      f'them knows the classes 0..{classes - 1}.'
+      f'{name} has labels from {labels.min()} to {labels.max()}, but the '
+      f'network that judges it knows the classes 0..{classes - 1}. Without '
+      'arr_1 images are judged without labels.'
     )
-  return float(np.mean(logits.argmax(-1) == labels))

@@ -31,6 +31,7 @@ from d2dpm_jax.pipelines import (
   evaluate,
   experiment_grid,
   generation,
+  judges,
   sample,
   setup,
   statistics,
@@ -163,7 +164,9 @@ def _prepare(model: setup.Model, paths: files.Workdir) -> Bench:
   samples = image_sets.from_arrays(
     'The experiment', np.zeros((1, size, size, channels), np.uint8)
   )
-  net, reference = evaluate.judges(samples, model.config, paths)
+  evaluate.check(model.config.evaluate)
+  net = judges.network(model.config, samples)
+  reference = judges.reference(model.config, paths, net)
   return Bench(model, grid, paths, net, reference)
 
 

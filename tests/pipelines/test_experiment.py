@@ -19,9 +19,9 @@ from d2dpm_jax.evaluation import features
 from d2dpm_jax.models import latent_diffusion
 from d2dpm_jax.pipelines import (
   artifacts,
-  evaluate,
   experiment,
   experiment_grid,
+  judges,
   sample,
   setup,
   statistics,
@@ -115,7 +115,7 @@ def small_networks():
   }
   net = features.FeatureNet('digits', 'small', (8, 8, 1), 4, params, _apply)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(evaluate, '_digit_net', lambda: net)
+    patch.setattr(judges, 'digit_net', lambda: net)
     model = _model()
     patch.setattr(
       setup,
@@ -596,7 +596,7 @@ def test_what_cannot_be_judged(
   with pytest.raises(ValueError, match='evaluate.reference is not set'):
     experiment.run(config, str(tmp_path / 'work'))
   other = dataclasses.replace(small_networks, image_shape=(32, 32, 1))
-  monkeypatch.setattr(evaluate, '_digit_net', lambda: other)
+  monkeypatch.setattr(judges, 'digit_net', lambda: other)
   with pytest.raises(ValueError, match=re.escape('takes [32, 32, 1]')):
     experiment.run(_config(reference), str(tmp_path / 'work'))
   assert not (tmp_path / 'work').exists()
