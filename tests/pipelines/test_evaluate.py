@@ -149,6 +149,8 @@ def test_reference_batch_without_arrays_is_refused(photographs, names, message):
     (dict(mu=np.zeros(5, int)), 'mu as int64'),
     (dict(mu=np.full(5, np.nan)), 'NaN or infinity in mu'),
     (dict(mu=np.array([{}] * 5)), 'batch.npz is damaged'),
+    (dict(sigma=np.tri(5)), 'holds a sigma that is no covariance'),
+    (dict(sigma_s=-np.eye(48)), 'holds a sigma_s that is no covariance'),
     (dict(arr_0=np.zeros((9, 4, 4, 3), np.uint8)), r'\[4, 4, 3\].*\[8, 8, 3\]'),
     (dict(arr_0=np.zeros((9, 8, 8, 3))), r'float64.*uint8'),
   ],
