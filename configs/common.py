@@ -322,7 +322,11 @@ def _benchmark() -> ml_collections.ConfigDict:
   """What is measured."""
   benchmark = ml_collections.ConfigDict()
   # 'cost': size in MB and bit operations, from shapes alone (docs/cost.md).
+  # 'evaluation': how long --mode evaluate takes (docs/evaluate.md).
   benchmark.what = 'cost'
+  # Random images that 'evaluation' looks at, of the model's size.
+  benchmark.num_images = 50_000
+  benchmark.num_reference = 10_000
   return benchmark
 
 

@@ -116,8 +116,9 @@ def _remedy(shape: tuple[int, ...], dtype: Any) -> str:
   """What to do about images of another kind, where that is plain."""
   if dtype.kind == 'f':
     return (
-      '. Without NaN and from 0 to 255 (x if they are so, (x + 1) * 127.5 of '
-      '-1..1), save x.round().clip(0, 255).astype(np.uint8)'
+      '. Of floats from 0 to 255 and without NaN, save '
+      'x.round().clip(0, 255).astype(np.uint8); of -1..1, take (x + 1) * 127.5 '
+      'first'
     )
   if dtype != np.uint8:
     return '; if they are from 0 to 255, save x.astype(np.uint8)'
