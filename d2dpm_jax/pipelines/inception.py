@@ -22,16 +22,13 @@ _FORMAT = 1
 
 
 def inception_net(
-  path: str | os.PathLike[str],
-  image_shape: tuple[int, int, int],
-  precision: str = 'highest',
+  path: str | os.PathLike[str], image_shape: tuple[int, int, int]
 ) -> FeatureNet:
   """The feature network of FID, sFID and IS.
 
   Args:
     path: its weights, see `load`; or 'random:<seed>', good for timings only.
     image_shape: H, W, 3 of the images to come.
-    precision: of its products, see `InceptionV3`.
 
   Raises:
     FileNotFoundError: there are no weights; says which to get.
@@ -43,7 +40,7 @@ def inception_net(
     params = _random_weights(str(path))
   else:
     params = load(path)
-  network = inception.InceptionV3(precision)
+  network = inception.InceptionV3()
 
   def apply(params, images):
     return Activations(**network.apply({'params': params}, images))

@@ -132,7 +132,7 @@ def test_digest_is_of_the_numbers_and_not_of_the_file(tmp_path):
 def test_is_a_feature_network(tmp_path):
   path = tmp_path / 'mine.safetensors'
   _write(path)
-  net = inception.inception_net(path, (64, 48, 3), 'default')
+  net = inception.inception_net(path, (64, 48, 3))
   assert (net.name, net.classes) == ('inception', 1008)
   assert net.image_shape == (64, 48, 3)
   images = jax.ShapeDtypeStruct((5, *net.image_shape), np.uint8)
