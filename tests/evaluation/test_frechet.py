@@ -68,6 +68,14 @@ def test_distance_is_that_of_the_evaluators_formula(dim):
   np.testing.assert_allclose(frechet.frechet_distance(b, a), want, rtol=1e-6)
 
 
+@pytest.mark.parametrize('counts', [(20, 20), (20, 300), (49, 51)])
+def test_distance_of_fewer_images_than_features_is_the_evaluators(counts):
+  """It adds to the diagonal only if the root is not finite, and it is."""
+  a, b = (_gaussian(_features(i, n, 50)) for i, n in enumerate(counts))
+  want = _evaluators_distance(a, b)
+  np.testing.assert_allclose(frechet.frechet_distance(a, b), want, rtol=1e-6)
+
+
 def test_distance_of_independent_features_is_known():
   rng = np.random.default_rng(0)
   means, deviations = rng.normal(size=(2, 9)), rng.uniform(0, 3, size=(2, 9))
