@@ -6,10 +6,7 @@ are resized as TensorFlow 1 did. Modules have the names of pytorch-fid's state
 dict, so that `Mixed_5b.branch1x1.conv.weight` is
 `Mixed_5b/branch1x1/conv/kernel`.
 
-The package `fidjax` is no substitute: it gives the 2048 features alone, neither
-the spatial ones of sFID nor class scores, and reads weights by `pickle`. It
-also resizes with half-pixel centres and scales by 127.5 where OpenAI's
-evaluator does not; by its author's count a FID is 3.937 that should be 3.943.
+Why it is not the one of the package `fidjax`: see docs/evaluate.md.
 
 Source: arXiv:1512.00567; pytorch-fid, src/pytorch_fid/inception.py, for the
 blocks; openai/guided-diffusion, evaluations/evaluator.py, for the outputs.
@@ -244,7 +241,6 @@ class InceptionV3(nn.Module):
         f'InceptionV3 takes uint8[B, H, W, 3] from 0 to 255, not '
         f'{images.dtype}{list(images.shape)}.'
       )
-
     # 128, not 127.5: the whole range is -1 to 0.992.
     x = (resize.resize_bilinear_tf1(images, SIZE, SIZE) - 128) / 128
     x = BasicConv2d(32, 3, 2, name='Conv2d_1a_3x3')(x)
