@@ -16,7 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from d2dpm_jax.evaluation import frechet
 from d2dpm_jax.runtime import devices, prefetch
 
-_IN_FLIGHT = 2  # Batches that a device is given before one is waited for.
+# Batches that devices are given before one is waited for: enough work for the
+# time in which 1024 rows are merged into the moments.
+_IN_FLIGHT = 4
 
 
 class Activations(NamedTuple):
