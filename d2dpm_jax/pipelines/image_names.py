@@ -67,6 +67,9 @@ def find(
   match = _DATASET.fullmatch(name)
   if match is None:
     path = pathlib.Path(name)
+    inside = files.Workdir(path).samples
+    if any(inside.glob('*.npz')):
+      raise ValueError(f'{path} is a work directory; its samples are {inside}.')
     if path.is_dir() and not any(path.glob('*.npz')):
       return pictures.from_folder(path, square)
     return image_sets.from_path(path)

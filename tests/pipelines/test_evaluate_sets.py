@@ -304,11 +304,14 @@ def test_network_that_returns_nan(config, monkeypatch):
     (dict(samples='empty'), 'no .npz files and no pictures'),
     (dict(samples='notes'), 'notes/readme.md is no picture'),
     (dict(reference='tfds:x'), 'names no data set'),
+    (dict(samples='other'), 'work directory; its samples are other/samples'),
   ],
 )
 def test_bad_settings_leave_nothing_behind(config, tmp_path, settings, message):
   np.savez('other.npz', arr_0=_of('b.npz'), arr_1=np.ones(20, int))
   (tmp_path / 'empty').mkdir()
+  (tmp_path / 'other' / 'samples').mkdir(parents=True)
+  np.savez(tmp_path / 'other' / 'samples' / 'a.npz', arr_0=_of('a.npz'))
   _save_pictures(tmp_path / 'notes', _of('a.npz')[:2])
   (tmp_path / 'notes' / 'readme.md').write_text('text')
   config.evaluate.update(settings)
