@@ -176,33 +176,51 @@ def _judge(
       split_size=settings.split_size,
       times=times,
     ),
-    'fid_bootstrap': None,
-    'fidelity': None,
+    'fid_bootstrap': _interval(summary, reference, config, times),
+    'fidelity': _closeness(samples, others, net, settings.batch_size, times),
   }
-  if summary.exact is not None:
-    draws = settings.bootstrap
-    with (
-      times.phase('bootstrap'),
-      progress.progress('bootstrap', draws, 'draw') as bar,
-    ):
-      interval = bootstrap.fid_interval(
-        summary.exact, reference.features, draws, config.seed, bar.update
-      )
-    result['fid_bootstrap'] = interval._asdict()
-  if others is not None:
-    with (
-      times.phase('fidelity'),
-      progress.progress('fidelity', summary.count, 'image') as bar,
-    ):
-      compared = fidelity.fidelity(
-        samples, others, net, settings.batch_size, bar.update
-      )
-    result['fidelity'] = {'of': others.name, **compared._asdict()}
   if settings.save_statistics:
     target = pathlib.Path(settings.save_statistics)
     references.save(target, summary, net)
     _log.info('Wrote %s', target)
   return result
+
+
+def _interval(
+  summary: features.Summary,
+  reference: features.Summary,
+  config: ml_collections.ConfigDict,
+  times: progress.Times,
+) -> dict[str, float] | None:
+  """How sure FID is; None if nobody asked."""
+  if summary.exact is None:
+    return None
+  draws = config.evaluate.bootstrap
+  with (
+    times.phase('bootstrap'),
+    progress.progress('bootstrap', draws, 'draw') as bar,
+  ):
+    return bootstrap.fid_interval(
+      summary.exact, reference.features, draws, config.seed, bar.update
+    )._asdict()
+
+
+def _closeness(
+  samples: image_sets.ImageSet,
+  others: image_sets.ImageSet | None,
+  net: features.FeatureNet,
+  batch_size: int,
+  times: progress.Times,
+) -> dict[str, Any] | None:
+  """How far samples are from the others, one by one; None without others."""
+  if others is None:
+    return None
+  with (
+    times.phase('fidelity'),
+    progress.progress('fidelity', samples.shape[0], 'image') as bar,
+  ):
+    compared = fidelity.fidelity(samples, others, net, batch_size, bar.update)
+  return {'of': others.name, **compared._asdict()}
 
 
 def measure(
