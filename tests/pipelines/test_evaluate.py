@@ -352,6 +352,7 @@ def test_shipped_reference_is_of_the_shipped_classifier():
     (dict(), 'no samples in'),
     (dict(samples='missing.npz'), 'no images at missing.npz'),
     (dict(samples='mnist:train[:13]'), 'there are 12 images'),
+    (dict(samples='mnist:val'), r"'mnist:val' names no images; .*mnist:test"),
     (dict(samples='mnist:train[:0]'), 'there are 12 images'),
     (dict(samples='mnist:train[:1]'), 'at least 2'),
     (dict(samples='mnist:test', reference=''), 'reference is not set'),
