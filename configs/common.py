@@ -324,9 +324,13 @@ def _benchmark() -> ml_collections.ConfigDict:
   """What is measured."""
   benchmark = ml_collections.ConfigDict()
   # 'cost': size in MB and bit operations, from shapes alone (docs/cost.md);
-  # 'corrections': what they add to a sampling step of a calibrated network.
+  # 'corrections': what they add to a sampling step of a calibrated network;
+  # 'evaluation': how long --mode evaluate takes (docs/evaluate.md).
   benchmark.what = 'cost'
-  benchmark.repeats = 20  # of whatever is timed
+  benchmark.repeats = 20  # of 'corrections'
+  # Random images that 'evaluation' looks at, of the model's size.
+  benchmark.num_images = 50_000
+  benchmark.num_reference = 10_000
   return benchmark
 
 
@@ -351,9 +355,10 @@ def _experiment(conditional: bool) -> ml_collections.ConfigDict:
         'auto',
       ),
       channel_wise=(False, True),  # statistics per tensor, per latent channel
-      # Words as in the argument of a config file. Quantizers learn on
-      # trajectories of the first one, error statistics are those of each.
+      # Words as in the argument of a config file. Error statistics are those
+      # of each one's own trajectories.
       samplers=samplers,
+      learn_on='',  # quantizers learn on that sampler's; '' is the first one
       seeds=(0, 1, 2),  # of the noise; tables give mean and spread over them
       num_images=5_000,  # per seed; label every FID with it
       batch_size=500,  # images in flight per call, over all devices

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import ml_collections
 
-from d2dpm_jax.pipelines import correction_cost, cost
+from d2dpm_jax.pipelines import correction_cost, cost, evaluation_timing
 from d2dpm_jax.runtime import files
 
 REPORTS: dict[
@@ -12,6 +12,7 @@ REPORTS: dict[
 ] = {
   'cost': cost.report,
   'corrections': correction_cost.report,
+  'evaluation': evaluation_timing.report,
 }
 
 

@@ -100,7 +100,7 @@ class Times:
 
   def lines(self) -> list[str]:
     return [
-      f'{name:13} {seconds:8.1f} s, compiling {self.compiling[name]:.1f} s'
+      f'{name:20} {seconds:8.1f} s, compiling {self.compiling[name]:.1f} s'
       for name, seconds in self.seconds.items()
     ]
 
