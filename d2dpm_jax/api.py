@@ -123,7 +123,7 @@ def load_quantized(model: Model, workdir: str | os.PathLike[str]) -> Quantized:
 def sample(
   model: Model | Quantized,
   labels: Sequence[int] | np.ndarray | None = None,
-  correction: str = 'd-d2',
+  correction: str = 'auto',
   *,
   channel_wise: bool = False,
   seed: int = 0,

@@ -32,7 +32,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from d2dpm_jax.denoising import gaussian, selection
@@ -150,12 +149,15 @@ def auto(
 ) -> tuple[jax.Array, Residual]:
   """Subtracts what was predicted best on held-out images, step by step."""
   del noise
-  known = jnp.concatenate([eps_q, x], axis=-1)
-  # Weights of eps_q and of x may be large and cancel.
-  predicted = jnp.einsum(
-    'bhwz,zc->bhwc', known, row.weights, precision=jax.lax.Precision.HIGHEST
-  )
-  return eps_q - predicted - row.shift, row.residual_variance
+  predicted = row.shift
+  # A few products per element, fused with what is around them and in full
+  # precision: weights of eps_q and of x may be large and cancel.
+  channels = [
+    part[..., c : c + 1] for part in (eps_q, x) for c in range(x.shape[-1])
+  ]
+  for channel, weights in zip(channels, row.weights, strict=True):
+    predicted = predicted + weights * channel
+  return eps_q - predicted, row.residual_variance
 
 
 CORRECTIONS: dict[str, Callable[..., tuple[jax.Array, Residual]]] = {
