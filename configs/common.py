@@ -72,7 +72,14 @@ def base_config(
   config.seed = 0
   config.checkpoint = _checkpoint()
   # Denoising schedule of sampling and calibration.
-  config.sampler = ml_collections.ConfigDict(schedule)
+  config.sampler = ml_collections.ConfigDict(
+    dict(
+      steps=schedule['steps'],  # of DDIM
+      eta=schedule['eta'],  # 0 draws no noise on the way, 1 as much as DDPM
+      # Classifier-free guidance; 1 is none, as unconditional models have it.
+      guidance_scale=schedule['guidance_scale'],
+    )
+  )
   config.quant = _quant(WEIGHT_BITS[chosen])
   config.calibration = _calibration()
   config.statistics = _statistics()
@@ -174,9 +181,9 @@ def _checkpoint() -> ml_collections.ConfigDict:
   # without weights.
   checkpoint.path = ''
   # Read by --mode convert: a PyTorch checkpoint of latent diffusion (.ckpt, or
-  # a .zip or folder that holds one), and which weights of it.
+  # a .zip or folder that holds one).
   checkpoint.torch_path = ''
-  checkpoint.use_ema = True  # where it has them; False: the raw ones
+  checkpoint.use_ema = True  # its averaged weights, if any; False: the raw ones
   # Of a checkpoint that holds no scale_factor; None: it has to hold one.
   checkpoint.scale_factor = ml_collections.config_dict.placeholder(float)
   checkpoint.scale_factor = 1.0
@@ -196,10 +203,10 @@ def _quant(weight_bits: int) -> ml_collections.ConfigDict:
   quant.per_channel = True  # weight ranges per output channel or per tensor
   quant.weight_range = 'mse'  # 'mse' or 'max'
   quant.act_range = 'mse'  # 'mse' or 'max'
-  # What sees x_t, which begins as N(0, 1): its range is [-5, 5] at least. A
-  # pixel beyond the range is invisible to the network and runs away while
-  # sampling. 0 is the searched range alone.
-  quant.latent_layers = LATENT_LAYERS  # regex
+  quant.latent_layers = LATENT_LAYERS  # regex: what sees x_t
+  # Their range is [-5, 5] at least, since x_t begins as N(0, 1). A pixel beyond
+  # the range is invisible to the network and runs away while sampling. 0 is
+  # the searched range alone.
   quant.latent_range = 5.0
 
   # Modules whose weights are reconstructed together (BRECQ's blocks); every
@@ -218,24 +225,25 @@ def _reconstruction() -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
     dict(
       iters=10_000,  # per unit; 0 is nearest rounding
-      batch_size=32,
+      batch_size=32,  # samples per iteration
       lr=1e-3,  # Adam, of the rounding variables
       rounding_weight=0.01,  # lambda, of the rounding regularizer
       warmup=0.2,  # share of the iterations without the regularizer
       beta_start=20.0,  # its exponent after warm-up
-      beta_end=2.0,  # and at the end
+      beta_end=2.0,  # its exponent at the end
       p=2.0,  # norm of the reconstruction loss
       asymmetric=True,  # inputs from the network quantized so far
       drop_prob=0.0,  # QDrop: share of activation elements left in float
       loss='mse',  # or 'fisher_diag': by squared gradients of the output error
       act_iters=5_000,  # per unit; 0 keeps the searched ranges
-      act_batch_size=32,
+      act_batch_size=32,  # samples per iteration, of step sizes
       act_lr=4e-4,  # Adam with cosine decay, of the step sizes
-      act_p=2.4,
-      act_asymmetric=False,
+      act_p=2.4,  # norm of the loss, of step sizes
+      act_asymmetric=False,  # as `asymmetric`, of step sizes
       act_init_samples=32,  # for the range search
-      # Where it is computed. These change nothing else (but last bits).
-      devices=ml_collections.config_dict.placeholder(int),  # None: all local
+      # Where it is computed; the next three change nothing else (but last
+      # bits). Devices; None: all local ones.
+      devices=ml_collections.config_dict.placeholder(int),
       # Activations of the calibration set in host memory; None: if need be.
       host_streams=ml_collections.config_dict.placeholder(bool),
       chunk=128,  # samples in one forward of a unit
@@ -246,8 +254,8 @@ def _reconstruction() -> ml_collections.ConfigDict:
 def _calibration() -> ml_collections.ConfigDict:
   """Inputs (x_t, t, c) of the full-precision sampler."""
   calibration = ml_collections.ConfigDict()
-  calibration.num_samples = 1024
-  calibration.timesteps = 'uniform'  # or 'normal' (PTQ4DM)
+  calibration.num_samples = 1024  # inputs, one of a trajectory each
+  calibration.timesteps = 'uniform'  # their spread; or 'normal' (PTQ4DM)
   calibration.balanced_labels = True  # over classes; False: at random
   calibration.batch_size = 64  # trajectories at a time
   return calibration
@@ -259,7 +267,7 @@ def _statistics() -> ml_collections.ConfigDict:
   # 'fp': at points of full-precision trajectories, as the paper; 'quantized':
   # of those of the quantized network with `sample.correction`.
   statistics.trajectory = 'fp'
-  statistics.num_samples = 1024
+  statistics.num_samples = 1024  # trajectories
   statistics.outlier_std = 4.0  # farther from the mean: left out
   statistics.folds = 4  # of images, to try the corrections on others
   return statistics
@@ -268,7 +276,7 @@ def _statistics() -> ml_collections.ConfigDict:
 def _sample() -> ml_collections.ConfigDict:
   """Of --mode sample; calibration takes `microbatch` and the correction."""
   sample = ml_collections.ConfigDict()
-  sample.num_images = 64
+  sample.num_images = 64  # in all
   sample.batch_size = 64  # images in flight per call, over all devices
   # Images a device computes together, whatever the batch size: rounding
   # decisions in a quantized network depend on the last bit of a sum, and so
@@ -293,7 +301,7 @@ def _evaluate() -> ml_collections.ConfigDict:
       # samples; 'mnist:test', 'mnist:train[:10000]': images of `train.data`;
       # 'tfds:lsun/bedroom:train[:50000]'. Several with commas between.
       samples='',
-      # Any of these, a file written with `save_statistics`, a reference batch
+      # As `samples`, a file written with `save_statistics`, a reference batch
       # of openai/guided-diffusion, or, for the network 'digits',
       # 'pretrained:mnist' (the test set).
       reference='',
@@ -303,9 +311,9 @@ def _evaluate() -> ml_collections.ConfigDict:
       # looks into ~/.cache/d2dpm_jax. See docs/evaluate.md.
       inception='',
       # How pictures and images of tfds become one size: 'none' (they are),
-      # 'adm' (ImageNet's), 'ldm' (LSUN's); and which, 0 is the model's.
+      # 'adm' (ImageNet's), 'ldm' (LSUN's).
       preprocess='none',
-      image_size=0,
+      image_size=0,  # that size; 0 is the model's
       # Samples of the same seed and labels, such as those of full precision:
       # how far the samples are from them, image by image.
       fidelity='',
@@ -315,7 +323,7 @@ def _evaluate() -> ml_collections.ConfigDict:
       batch_size=64,  # images at a time, over all devices
       neighbours=3,  # k of precision and recall
       split_size=5000,  # of the inception score
-      shuffle=True,  # before splitting; False: the file's order
+      shuffle=True,  # before splitting for it; False: the file's order
     )
   )
 
@@ -330,7 +338,7 @@ def _benchmark() -> ml_collections.ConfigDict:
   benchmark.repeats = 20  # of 'corrections'
   # Random images that 'evaluation' looks at, of the model's size.
   benchmark.num_images = 50_000
-  benchmark.num_reference = 10_000
+  benchmark.num_reference = 10_000  # random images as its reference
   return benchmark
 
 

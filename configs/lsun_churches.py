@@ -63,8 +63,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
         num_res_blocks=2,
         attention_resolutions=(1, 2, 4, 8),
         num_heads=8,
-        use_scale_shift_norm=True,
-        resblock_updown=True,
+        use_scale_shift_norm=True,  # the timestep scales and shifts
+        resblock_updown=True,  # residual blocks change resolution
       ),
       first_stage=dict(  # KL-f8
         kind='kl',

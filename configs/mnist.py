@@ -35,46 +35,69 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   config.checkpoint.path = 'pretrained:mnist'
   config.model = ml_collections.ConfigDict(
     dict(
-      image_size=32,
-      latent_shape=(8, 8, 3),
+      image_size=32,  # pixels of a side
+      latent_shape=(8, 8, 3),  # height, width, channels
       dtype='float32',  # compute dtype: 'float32' or 'bfloat16'
-      schedule=dict(num_timesteps=1000, beta_start=0.0015, beta_end=0.0195),
+      # Of the noise that the network was trained with.
+      schedule=dict(
+        num_timesteps=1000,  # of training
+        beta_start=0.0015,  # variance of the first one's noise
+        beta_end=0.0195,  # and of the last one's; roots are linear between
+      ),
+      # The noise estimator; fields of d2dpm_jax.models.unet.UNet.
       unet=dict(
-        out_channels=3,
-        model_channels=64,
-        channel_mult=(1, 2),
-        num_res_blocks=1,
-        attention_resolutions=(2,),
-        num_heads=1,
-        use_spatial_transformer=True,
-        context_dim=64,
+        out_channels=3,  # those of the latents
+        model_channels=64,  # width of the first level
+        channel_mult=(1, 2),  # width of each level, times that
+        num_res_blocks=1,  # per level
+        attention_resolutions=(2,),  # levels by downsampling factor
+        num_heads=1,  # of attention; or num_head_channels, the width of one
+        use_spatial_transformer=True,  # with cross-attention to the context
+        context_dim=64,  # width of the context
       ),
+      # The autoencoder; fields of d2dpm_jax.models.autoencoder.Autoencoder.
       first_stage=dict(
-        kind='vq',
-        resolution=32,
-        in_channels=1,
-        out_ch=1,
-        ch=32,
-        ch_mult=(1, 2, 4),
-        num_res_blocks=1,
-        z_channels=3,
-        embed_dim=3,
-        n_embed=512,
+        kind='vq',  # or 'kl'
+        resolution=32,  # pixels of a side
+        in_channels=1,  # of images that it reads
+        out_ch=1,  # of images that it writes
+        ch=32,  # width of the first level
+        ch_mult=(1, 2, 4),  # width of each level, times that
+        num_res_blocks=1,  # per level
+        z_channels=3,  # between encoder and decoder
+        embed_dim=3,  # channels of the latents
+        n_embed=512,  # codes, of kind 'vq'
       ),
-      cond_stage=dict(num_classes=11, embed_dim=64),  # 10 is the null class
+      # The class embedding; None: an unconditional model.
+      cond_stage=dict(
+        num_classes=11,  # with the null class, which is the last one
+        embed_dim=64,  # width of the context
+      ),
     )
   )
+  # Of --mode train.
   config.train = ml_collections.ConfigDict(
     dict(
       data='tfds',  # or the path of an .npz with x_train, y_train, ...
-      classifier=dict(steps=4_000, batch_size=256, learning_rate=2e-3),
-      first_stage=dict(steps=10_000, batch_size=128, learning_rate=1e-3),
+      # Of the digits, for the label agreement and features.
+      classifier=dict(
+        steps=4_000,  # of Adam
+        batch_size=256,  # images per step
+        learning_rate=2e-3,  # at its highest
+      ),
+      # Of the images, into latents and back.
+      first_stage=dict(
+        steps=10_000,  # of Adam
+        batch_size=128,  # images per step
+        learning_rate=1e-3,  # at its highest
+      ),
+      # The U-Net and class embedding.
       diffusion=dict(
-        steps=36_000,
-        batch_size=512,
-        learning_rate=1e-3,
-        label_dropout=0.1,
-        ema_decay=0.9995,
+        steps=36_000,  # of Adam
+        batch_size=512,  # images per step
+        learning_rate=1e-3,  # at its highest
+        label_dropout=0.1,  # share of images that get the null class
+        ema_decay=0.9995,  # of the averaged weights, which are kept
       ),
     )
   )

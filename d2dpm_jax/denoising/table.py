@@ -169,7 +169,9 @@ class Table:
     except FileNotFoundError:
       raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-      raise ValueError(f'{path} is not a readable {cls.NAME}: {e}') from e
+      raise ValueError(
+        f'{path} is not a readable {cls.NAME} ({e}): calibrate again.'
+      ) from e
     try:
       header = json.loads(str(content.pop('header')))
       kind, version = header['format'], header['version']

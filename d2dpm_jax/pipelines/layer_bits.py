@@ -63,6 +63,9 @@ def _widened(table: policy.Policy, pattern: str, reach: float) -> policy.Policy:
 
 def policy_rules(quant: ml_collections.ConfigDict) -> list[policy.Rule]:
   """Rules that `config.quant` describes; an empty regex is none."""
+  for name in ('weight_bits', 'act_bits', 'edge_bits'):
+    if not 2 <= quant[name] <= 8:
+      raise ValueError(f'quant.{name} is {quant[name]}; expected 2..8.')
   edge = dict(w=quant.edge_bits, a=quant.edge_bits, reconstruct=False)
   rules: list[policy.Rule] = [
     (quant.edge_layers, edge),

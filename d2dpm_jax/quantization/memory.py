@@ -101,6 +101,29 @@ def predict(
   )
 
 
+def forward_bytes(
+  apply: Callable[..., Any], variables: Any, *inputs: Any
+) -> int:
+  """Most bytes that one call takes beside its variables; runs nothing.
+
+  Args:
+    apply: (variables, *inputs) -> output.
+    variables: arrays or `jax.ShapeDtypeStruct`s.
+    inputs: likewise, with a common first axis.
+  """
+  trace = jax.make_jaxpr(apply)(variables, *inputs).jaxpr
+  rows = inputs[0].shape[0]
+  return max(
+    _peak(trace, rows), *(_peak(inner, rows) for inner in _inside(trace))
+  )
+
+
+def _inside(trace: Any) -> list[Any]:
+  """What the equations of a trace call."""
+  found = (equation.params.get('jaxpr') for equation in trace.eqns)
+  return [getattr(inner, 'jaxpr', inner) for inner in found if inner] or [trace]
+
+
 def _variables(atoms: Sequence[Any]) -> list[Any]:
   return [atom for atom in atoms if not isinstance(atom, core.Literal)]
 

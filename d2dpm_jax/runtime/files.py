@@ -43,6 +43,16 @@ class Workdir:
     return self.root / 'config.json'
 
   @property
+  def runs(self) -> pathlib.Path:
+    """The commands that made what is here."""
+    return self.root / 'runs.json'
+
+  @property
+  def report(self) -> pathlib.Path:
+    """All of it on one page."""
+    return self.root / 'report.html'
+
+  @property
   def params(self) -> pathlib.Path:
     return self.root / 'params'
 
@@ -158,6 +168,12 @@ def atomic_write(
     raise
 
 
+def is_writable(path: pathlib.Path) -> bool:
+  """Whether something can be written there, or it can be made."""
+  there = next(p for p in (path, *path.parents) if p.exists())
+  return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
 def _umask() -> int:
   value = os.umask(0)
   os.umask(value)
@@ -258,7 +274,10 @@ def read_json(path: str | os.PathLike[str]) -> Any:
   try:
     return json.loads(path.read_text())
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f'{path} is not valid JSON ({error}).') from error
+    raise ValueError(
+      f'{path} is not valid JSON ({error}): delete it, and run the command '
+      'that made it again.'
+    ) from error
 
 
 def _short(value: Any) -> str:

@@ -128,5 +128,8 @@ def load_tree(path: pathlib.Path) -> tuple[Any, dict[str, Any]]:
       tree = checkpointer.restore(path.absolute() / 'tree', like)
   except Exception as error:  # Orbax raises many kinds for a damaged file.
     reason = str(error).splitlines()[0] if str(error) else repr(error)
-    raise ValueError(f'{path} cannot be read: {reason}') from error
+    raise ValueError(
+      f'{path} cannot be read, it is damaged ({reason}): delete it, and run '
+      'the command that made it again.'
+    ) from error
   return tree, meta

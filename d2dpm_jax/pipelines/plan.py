@@ -1,0 +1,323 @@
+"""`--dry_run`: what a mode would do, need and write; nothing is loaded or run.
+
+Everything follows from the config, from shapes, and from what is in the work
+directory.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from d2dpm_jax.pipelines import (
+  calibrate,
+  experiment_grid,
+  layer_bits,
+  quantize,
+  setup,
+  trajectories,
+)
+from d2dpm_jax.quantization import cost, memory, reconstruction
+from d2dpm_jax.runtime import files, runs
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """Lines for people.
+
+  Attributes:
+    reads: what has to be there, and whether it is.
+    memory: what is needed, and of what.
+    phases: what is done already, of what the mode does in parts.
+    writes: files below the work directory.
+  """
+
+  reads: Sequence[str] = ()
+  memory: Sequence[str] = ()
+  phases: Sequence[str] = ()
+  writes: Sequence[pathlib.Path] = ()
+
+
+def describe(
+  mode: str,
+  config: ml_collections.ConfigDict,
+  default: ml_collections.ConfigDict,
+  workdir: str,
+) -> str:
+  """The plan of a mode, as text.
+
+  Args:
+    mode: of the command line.
+    config: the experiment with its overrides.
+    default: what its file gives without argument and overrides.
+    workdir: of the run.
+
+  Raises:
+    ValueError: settings that the mode would refuse, as far as that can be told
+      without weights.
+    FileNotFoundError: a file that the settings name is not there.
+  """
+  paths = files.Workdir.at(workdir)
+  model = setup.outline(config)
+  plan = _PLANS[mode](model, paths)
+  size, where = quantize.device_memory()
+  device = jax.devices()[0]
+  lines = [
+    f'--mode {mode} in {workdir}; nothing is run.',
+    '',
+    'Settings that differ from those of the file:',
+    *(_changes(default, config) or ['  none']),
+    '',
+    f'Devices: {jax.device_count()} x {device.device_kind} '
+    f'({device.platform}), {_size(size)}'
+    + (' of the host' if where == 'host' else ' each'),
+  ]
+  writes = [
+    f'{pathlib.Path(workdir) / path.relative_to(paths.root)}'
+    + (' (is there)' if path.exists() else '')
+    for path in plan.writes
+  ]
+  blocks = {
+    'Memory, predicted from shapes:': plan.memory,
+    'Reads:': plan.reads,
+    'Done already:': plan.phases,
+    'Writes:': writes,
+  }
+  for title, block in blocks.items():
+    if block:
+      lines += [title, *(f'  {line}' for line in block)]
+  if seconds := runs.last_seconds(paths, mode):
+    lines.append(f'It took {seconds:.0f} s the last time in this directory.')
+  return '\n'.join(lines)
+
+
+def _size(count: float) -> str:
+  return f'{count / 1e9:.1f} GB' if count >= 1e9 else f'{count / 1e6:.0f} MB'
+
+
+def _changes(
+  default: ml_collections.ConfigDict, config: ml_collections.ConfigDict
+) -> list[str]:
+  old, new = (_flat(setup.plain(c)) for c in (default, config))
+  return [
+    f'  {name}={value!r} (the file: {old.get(name)!r})'
+    for name, value in new.items()
+    if name not in old or old[name] != value
+  ]
+
+
+def _flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  found: dict[str, Any] = {}
+  for name, value in config.items():
+    if isinstance(value, Mapping):
+      found.update(_flat(value, f'{prefix}{name}.'))
+    else:
+      found[f'{prefix}{name}'] = value
+  return found
+
+
+def _weights(model: setup.Model, paths: files.Workdir) -> str:
+  """Where the weights are, and whether."""
+  where = model.config.checkpoint.path
+  if where.startswith(('pretrained:', 'random:')):
+    return f'weights {where}'
+  path = pathlib.Path(where or paths.params)
+  if path.exists():
+    return f'weights {path}'
+  return (
+    f'weights {path}: MISSING; --mode convert makes them, or name others with '
+    '--config.checkpoint.path'
+  )
+
+
+# ---- Modes.
+
+
+def _calibrate(model: setup.Model, paths: files.Workdir) -> _Plan:
+  config = model.config
+  calibrate.check(model)
+  _check_calibration(model, paths)
+  table, _ = layer_bits.layer_policy(model)
+  count = config.calibration.num_samples
+  inputs = [
+    jax.ShapeDtypeStruct((count, *np.shape(x)[1:]), x.dtype)
+    for x in layer_bits.example_arguments(model)[1:]
+    if x is not None
+  ]
+  apply = model.ldm.unet.apply
+  variables = {'params': model.params['unet']}
+  settings = quantize.reconstruction_settings(config.quant)
+  block_types = tuple(config.quant.block_types)
+  need = memory.predict(apply, variables, table, inputs, settings, block_types)
+  listed = reconstruction.list_units(
+    apply, variables, table, inputs, block_types=block_types
+  )
+  total = len(listed) * len(reconstruction.PHASES)
+  devices = reconstruction.streams_of(count, settings).num_devices
+  images = max(count, config.statistics.num_samples)
+  batch = config.calibration.batch_size
+  starts = range(0, images, batch)
+  made = sum(
+    min(batch, images - start)
+    for start in starts
+    if all(
+      (paths.trajectories / f'{start:06d}.{field}.npy').is_file()
+      for field in trajectories.Batch._fields
+    )
+  )
+  stored = len(list((paths.calibration / 'units').glob('*.npz')))
+  return _Plan(
+    [_weights(model, paths)],
+    [
+      f'{_size(need.on_device(False, devices))} on each of {devices} '
+      f'device(s): weights {_size(need.weights)}, activations of {count} '
+      f'samples {_size(need.streams)}, work {_size(need.work)}',
+      f'{_size(need.on_device(True, devices))} with '
+      '--config.quant.reconstruction.host_streams=True',
+    ],
+    [
+      f'trajectories: {made} of {images} images',
+      f'quantization: {stored} of {total} units',
+      f'all of it: {"yes" if paths.quantized.exists() else "no"}',
+    ],
+    [
+      paths.calibration,
+      paths.quantized,
+      *(paths.error_model(kind) for kind in ('tensor', 'channel')),
+      paths.held_out,
+      paths.report,
+    ],
+  )
+
+
+def _check_calibration(model: setup.Model, paths: files.Workdir) -> None:
+  """Raises ValueError if one was begun there with other settings."""
+  marker = paths.calibration / 'settings.json'
+  if not marker.is_file():
+    return
+  saved, wanted = files.read_json(marker), calibrate.settings(model)
+  for settings in (saved, wanted):
+    settings.pop('weights', None)  # They would have to be read.
+  if different := files.differences(saved, wanted):
+    raise ValueError(
+      f'{paths.calibration} was made with other settings '
+      f'({"; ".join(different)}). Choose another --workdir, or delete that '
+      'directory.'
+    )
+
+
+def _sampling_memory(model: setup.Model, microbatch: int) -> list[str]:
+  """Of `microbatch` images on their way, on each device."""
+  guided = model.num_classes and model.sampler.guidance_scale != 1
+  rows = microbatch * (2 if guided else 1)
+  inputs = [
+    jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), x.dtype)
+    for x in layer_bits.example_arguments(model)[1:]
+    if x is not None
+  ]
+  unet = memory.forward_bytes(
+    model.ldm.unet.apply, {'params': model.params['unet']}, *inputs
+  )
+  latents = jax.ShapeDtypeStruct(
+    (microbatch, *model.ldm.latent_shape), np.float32
+  )
+  decoder = memory.forward_bytes(model.ldm.decode, model.params, latents)
+  weights = cost.array_bytes(model.params)
+  return [
+    f'{_size(weights + max(unet, decoder))} on each device: weights '
+    f'{_size(weights)}, {microbatch} images in the U-Net {_size(unet)} or in '
+    f'the decoder {_size(decoder)}'
+  ]
+
+
+def _sample(model: setup.Model, paths: files.Workdir) -> _Plan:
+  settings = model.config.sample
+  reads = [_weights(model, paths)]
+  if settings.quantized or settings.compare:
+    there = paths.quantized.exists()
+    missing = ': MISSING; --mode calibrate makes them'
+    reads.append(f'quantizers {paths.quantized}{"" if there else missing}')
+  names = ['samples.npz', 'grid.png']
+  if settings.compare:
+    names = ['compare.png', 'compare']
+  return _Plan(
+    reads,
+    _sampling_memory(model, settings.microbatch),
+    writes=[*(paths.samples / name for name in names), paths.report],
+  )
+
+
+def _experiment(model: setup.Model, paths: files.Workdir) -> _Plan:
+  grid = experiment_grid.read(model.config, bool(model.num_classes))
+  cells = grid.cells()
+  done = sum(
+    paths.experiment(f'cells/{cell.name}.json').is_file() for cell in cells
+  )
+  results = ('results.json', 'results.md', 'results.png')
+  return _Plan(
+    [
+      _weights(model, paths),
+      f'reference {model.config.evaluate.reference or "(not set)"}',
+    ],
+    _sampling_memory(model, model.config.sample.microbatch),
+    [f'{done} of {len(cells)} cells of {grid.num_images} images'],
+    [*map(paths.experiment, results), paths.report],
+  )
+
+
+def _evaluate(model: setup.Model, paths: files.Workdir) -> _Plan:
+  settings = model.config.evaluate
+  samples = settings.samples
+  if not samples:
+    there = any(paths.samples.glob('*.npz'))
+    missing = ': MISSING; --mode sample makes them'
+    samples = f'{paths.samples}{"" if there else missing}'
+  reference = settings.reference or 'MISSING; set --config.evaluate.reference'
+  return _Plan(
+    [f'samples {samples}', f'reference {reference}'],
+    writes=[paths.metrics, paths.report],
+  )
+
+
+def _benchmark(model: setup.Model, paths: files.Workdir) -> _Plan:
+  return _Plan(writes=[paths.benchmark(f'{model.config.benchmark.what}.json')])
+
+
+def _convert(model: setup.Model, paths: files.Workdir) -> _Plan:
+  source = model.config.checkpoint.torch_path
+  text = f'checkpoint {source}'
+  if not source:
+    text = 'checkpoint: MISSING; set --config.checkpoint.torch_path'
+  elif not pathlib.Path(source).exists():
+    text += ': MISSING; there is no such file'
+  return _Plan(
+    [text],
+    writes=[paths.params, *map(paths.conversion, ('.json', '.txt'))],
+  )
+
+
+def _train(model: setup.Model, paths: files.Workdir) -> _Plan:
+  names = ('mnist_classifier.safetensors', 'mnist_ldm.safetensors')
+  if 'train' not in model.config:
+    raise ValueError(
+      'This config has no `train` section; configs/mnist.py has one.'
+    )
+  return _Plan(
+    [f'data {model.config.train.data}'],
+    writes=[paths.training, *(paths.root / name for name in names)],
+  )
+
+
+_PLANS: dict[str, Callable[[setup.Model, files.Workdir], _Plan]] = {
+  'calibrate': _calibrate,
+  'sample': _sample,
+  'evaluate': _evaluate,
+  'experiment': _experiment,
+  'benchmark': _benchmark,
+  'convert': _convert,
+  'train': _train,
+}
