@@ -10,7 +10,7 @@ GOLDEN_SOURCES ?= golden-sources
 # One process a core, and no oversubscription inside each.
 TEST_WORKERS ?= 2
 
-.PHONY: demo golden test test-slow lint types format clean help
+.PHONY: demo golden test test-browser test-slow lint types format clean help
 
 help:  ## Lists the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -35,6 +35,10 @@ test: $(VENV)/.dev  ## Runs the tests: 2 cores, under 10 minutes.
 
 test-slow: $(VENV)/.dev  ## Runs the tests that take minutes each.
 	$(RUN) -m pytest -m slow
+
+test-browser: $(VENV)/.dev  ## Looks at a report in Chromium, which has to be installed.
+	$(RUN) -m pip install --quiet --disable-pip-version-check 'playwright>=1.49,<2'
+	$(RUN) -m pytest -m browser
 
 golden:  ## Re-makes and compares reference arrays; tests/golden/README.md.
 	$(TORCH) tests/golden/remake.py $(GOLDEN_SOURCES)

@@ -92,6 +92,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
   return Tiny(weights, setup.load(config))
 
 
+@pytest.fixture(scope='session')
+def few(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """Work directory of --mode calibrate on few layers; to be copied."""
+  from d2dpm_jax.command import main
+
+  target = tmp_path_factory.mktemp('few') / 'work'
+  config = pathlib.Path(__file__).parent / 'tiny_config.py'
+  argv = [
+    'main.py', '--config', f'{config}:few', '--mode', 'calibrate',
+    f'--config.checkpoint.path={tiny.weights}', '--workdir', str(target),
+  ]  # fmt: skip
+  with quick():
+    assert main.main(argv) == 0
+  return target
+
+
 @dataclasses.dataclass(frozen=True)
 class Calibrated:
   """A finished calibration of `tiny` with the whole method.

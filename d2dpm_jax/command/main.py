@@ -25,9 +25,13 @@ MODES = {
   'evaluate': 'judges images: FID, sFID, IS, precision, recall, labels',
   'experiment': 'all corrections, bits and samplers of config.experiment',
   'benchmark': 'measures what --config.benchmark.what names',
+  'report': 'shows what is in --workdir on one page, report.html',
   'convert': 'reads a PyTorch checkpoint of latent diffusion',
   'train': 'trains the embedded MNIST models (config mnist)',
 }
+
+# Modes whose results are in the report.
+_REPORTED = ('calibrate', 'sample', 'evaluate', 'experiment', 'benchmark')
 
 _HELP = """\
 Quantized latent diffusion with dual denoising (D2-DPM) in JAX/Flax.
@@ -108,6 +112,9 @@ def _dispatch(options: Options) -> None:
   if options.help:
     print(help_text(options.argv[0]))
     return
+  if options.mode == 'report' and options.workdir and not options.config:
+    _pipeline('report').run(None, options.workdir)
+    return
   if options.config is None or options.path is None:
     raise ValueError(
       '--config is missing; try --config mnist, or --help for all flags.'
@@ -129,7 +136,20 @@ def _dispatch(options: Options) -> None:
   peak = progress.peak_memory()
   if peak:
     logging.getLogger('d2dpm_jax').info('Peak memory: %.2f GB', peak / 1e9)
-  _record(options, workdir, time.perf_counter() - start, peak)
+  if options.mode in _REPORTED and pathlib.Path(workdir).is_dir():
+    _record(options, workdir, time.perf_counter() - start, peak)
+    _report(workdir)
+
+
+def _report(workdir: str) -> None:
+  """Writes report.html; what was made stands without it."""
+  report = importlib.import_module('d2dpm_jax.pipelines.report')
+  try:
+    report.run(None, workdir)
+  except Exception as error:
+    logging.getLogger('d2dpm_jax').warning(
+      'report.html was not written: %s', errors.explain(error, 'report')
+    )
 
 
 def _check_writable(workdir: str) -> None:
@@ -143,10 +163,8 @@ def _check_writable(workdir: str) -> None:
 
 
 def _record(options: Options, workdir: str, seconds: float, peak: int) -> None:
-  """Notes a run in its work directory, if it has left anything there."""
+  """Notes a run in its work directory."""
   paths = importlib.import_module('d2dpm_jax.runtime.files').Workdir.at(workdir)
-  if not paths.root.is_dir():
-    return
   runs = importlib.import_module('d2dpm_jax.runtime.runs')
   runs.add(
     paths,

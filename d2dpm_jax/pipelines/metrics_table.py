@@ -29,8 +29,7 @@ def table(result: Mapping[str, Any]) -> str:
   Args:
     result: as of `evaluate`; several sets become columns.
   """
-  sets = result['sets'].values() if 'sets' in result else [result]
-  columns = [_column(one) for one in sets]
+  columns = list(texts(result).values())
   names = list(columns[0])  # All have the same rows.
   cells = [[column[name] for column in columns] for name in names]
   widths = [max(map(len, column.values())) for column in columns]
@@ -43,6 +42,12 @@ def table(result: Mapping[str, Any]) -> str:
     ).rstrip()
     for name, row in zip(names, cells, strict=True)
   )
+
+
+def texts(result: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+  """Set of images -> row of the table -> what is written there."""
+  sets = result.get('sets', {result.get('samples', ''): result})
+  return {name: _column(one) for name, one in sets.items()}
 
 
 def _column(result: Mapping[str, Any]) -> dict[str, str]:

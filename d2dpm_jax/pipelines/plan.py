@@ -243,7 +243,7 @@ def _sample(model: setup.Model, paths: files.Workdir) -> _Plan:
     reads.append(f'quantizers {paths.quantized}{"" if there else missing}')
   names = ['samples.npz', 'grid.png']
   if settings.compare:
-    names = ['compare.png', 'compare']
+    names = ['compare.png', 'compare/images.npz']
   return _Plan(
     reads,
     _sampling_memory(model, settings.microbatch),
@@ -287,6 +287,11 @@ def _benchmark(model: setup.Model, paths: files.Workdir) -> _Plan:
   return _Plan(writes=[paths.benchmark(f'{model.config.benchmark.what}.json')])
 
 
+def _report(model: setup.Model, paths: files.Workdir) -> _Plan:
+  del model
+  return _Plan([str(paths.root)], writes=[paths.report])
+
+
 def _convert(model: setup.Model, paths: files.Workdir) -> _Plan:
   source = model.config.checkpoint.torch_path
   text = f'checkpoint {source}'
@@ -318,6 +323,7 @@ _PLANS: dict[str, Callable[[setup.Model, files.Workdir], _Plan]] = {
   'evaluate': _evaluate,
   'experiment': _experiment,
   'benchmark': _benchmark,
+  'report': _report,
   'convert': _convert,
   'train': _train,
 }

@@ -29,7 +29,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     else artifacts.full_precision(model)
   )
   if settings.compare:
-    compare(quantized, settings, paths.samples)
+    compare(quantized, settings, paths)
     setup.begin(config, paths)
     return
   if settings.quantized:
@@ -195,9 +195,13 @@ def batch_runner(
 def compare(
   quantized: artifacts.Quantized,
   settings: ml_collections.ConfigDict,
-  directory: pathlib.Path,
+  paths: files.Workdir,
 ) -> pathlib.Path:
-  """Writes one picture: the same noise through all samplers, in rows."""
+  """Writes one picture: the same noise through all samplers, in rows.
+
+  And `paths.comparison`: `images` uint8[R,N,H,W,C], `names` of the rows and
+  `labels` int32[N]; those of an unconditional model are not there.
+  """
   model = quantized.model
   plain_model = artifacts.full_precision(model)
   given = np.asarray(settings.labels, np.int32)
@@ -238,7 +242,15 @@ def compare(
     row_names=row_names,
     column_names=[str(label) for label in labels] if model.num_classes else (),
   )
-  target = directory / 'compare.png'
+  arrays: dict[str, Any] = {
+    'images': np.stack(pictures),
+    'names': np.array(list(rows)),
+  }
+  if model.num_classes:
+    arrays['labels'] = labels
+  with files.atomic_write(paths.comparison) as file:
+    np.savez(file, **arrays)
+  target = paths.samples / 'compare.png'
   images.save_png(target, picture)
   _log.info('Wrote %s', target)
   return target

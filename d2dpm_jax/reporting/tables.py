@@ -2,7 +2,7 @@
 
 import operator
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 # What tells rows of a table apart, in cells and in results.
@@ -38,7 +38,7 @@ COLUMNS = {
 # Of these, differences to the uncorrected network are shown.
 _PAIRED = ('fid', 'sfid', 'psnr', 'latent_mse')
 
-_LEGEND = """\
+LEGEND = """\
 Each number is the mean over seeds ± the sample standard deviation. PSNR and
 latent MSE are distances to the full-precision images of the same noise: PSNR of
 the squared error of all images together, mean and median over single images
@@ -172,36 +172,53 @@ def markdown(results: Mapping[str, Any]) -> str:
     f'{results["num_reference"]} images of `{results["reference"]}`. Sampled '
     f'on {", ".join(results["devices"])}.',
     '',
-    _LEGEND,
+    LEGEND,
   ]
   for sampler, quantizer, bits, rows in groups(results):
-    lines += ['', f'## {sampler}, {bits}, {quantizer}', '', *_table(rows)]
-    if differences := _difference_table(rows):
-      lines += ['', *differences]
+    lines += [
+      '',
+      f'## {sampler}, {bits}, {quantizer}',
+      '',
+      *_lines(cells(rows)),
+    ]
+    if differences := difference_cells(rows):
+      lines += ['', *_lines(differences)]
   return '\n'.join(lines) + '\n'
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Lines of a table; columns that are empty in all rows are left out."""
+def _bold(text: str) -> str:
+  return f'**{text}**'
+
+
+def cells(
+  rows: Sequence[Mapping[str, Any]], mark: Callable[[str], Any] = _bold
+) -> list[list[Any]]:
+  """Header and rows of a table; columns that are empty in all are left out.
+
+  Args:
+    rows: of `groups`.
+    mark: what is done with a text that stands out.
+  """
   columns = [
     name
     for name in COLUMNS
     if any(row['values'].get(name, {}).get('n') for row in rows)
   ]
   best = {name: _best(rows, name) for name in columns}
-  header = ['correction', *(COLUMNS[name].name for name in columns)]
-  lines = [header, ['---', *['---:'] * len(columns)]]
+  lines: list[list[Any]] = [
+    ['correction', *(COLUMNS[name].name for name in columns)]
+  ]
   for row in rows:
-    cells = [row_name(row)]
+    line: list[Any] = [row_name(row)]
     for name in columns:
       text = _text(row['values'].get(name), COLUMNS[name], len(row['seeds']))
-      cells.append(f'**{text}**' if row is best[name] else text)
-    lines.append(cells)
-  return [f'| {" | ".join(cells)} |' for cells in lines]
+      line.append(mark(text) if row is best[name] else text)
+    lines.append(line)
+  return lines
 
 
-def _difference_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Lines of the second table; none where nothing is corrected."""
+def difference_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+  """Those of the second table; none where nothing is corrected."""
   paired = [row for row in rows if 'paired' in row]
   columns = [
     name
@@ -210,15 +227,21 @@ def _difference_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
   ]
   if not columns:
     return []
-  header = ['minus `none`', *(COLUMNS[name].name for name in columns)]
-  lines = [header, ['---', *['---:'] * len(columns)]]
+  lines = [['minus `none`', *(COLUMNS[name].name for name in columns)]]
   for row in paired:
     texts = (
       _text(row['paired'].get(name), COLUMNS[name], len(row['seeds']), '+')
       for name in columns
     )
     lines.append([row_name(row), *texts])
-  return [f'| {" | ".join(cells)} |' for cells in lines]
+  return lines
+
+
+def _lines(table: Sequence[Sequence[str]]) -> list[str]:
+  """Header and rows as Markdown."""
+  header, *rows = table
+  below = ['---', *['---:'] * (len(header) - 1)]
+  return [f'| {" | ".join(line)} |' for line in (header, below, *rows)]
 
 
 def _text(

@@ -125,6 +125,11 @@ class Workdir:
     return self.root / 'samples'
 
   @property
+  def comparison(self) -> pathlib.Path:
+    """Images of several samplers from the same noise."""
+    return self.samples / 'compare' / 'images.npz'
+
+  @property
   def metrics(self) -> pathlib.Path:
     return self.root / 'metrics.json'
 

@@ -5,7 +5,6 @@ import json
 import pathlib
 import re
 
-import conftest
 import pytest
 
 from d2dpm_jax.command import config_files, main
@@ -140,26 +139,24 @@ def test_listing_of_fields(capsys):
 # ---- Plans.
 
 
-def test_plan_of_a_calibration(capsys, tiny, tmp_path):
+def test_plan_of_a_calibration(capsys, tiny, few, tmp_path):
   flags = (
-    '--config', f'{_CONFIG}:few', '--mode', 'calibrate',
-    f'--config.checkpoint.path={tiny.weights}', '--workdir', tmp_path / 'work',
+    '--config', f'{_CONFIG}:few', '--mode', 'calibrate', '--dry_run',
+    f'--config.checkpoint.path={tiny.weights}', '--workdir',
   )  # fmt: skip
-  text = _call(capsys, *flags, '--config.seed=3', '--dry_run')
+  text = _call(capsys, *flags, tmp_path / 'work', '--config.seed=3')
   assert 'seed=3 (the file: 0)' in text
   assert 'quant.float_layers=' in text  # The argument's doing.
   assert 'trajectories: 0 of 12 images' in text
   assert re.search(r'quantization: 0 of \d+ units', text)
   assert re.search(r'\d+ MB on each of 1 device', text)
   assert not (tmp_path / 'work').exists()
-  with conftest.quick():
-    _call(capsys, *flags)
-  text = _call(capsys, *flags, '--dry_run')
+  text = _call(capsys, *flags, few)
   assert 'trajectories: 12 of 12 images' in text and 'all of it: yes' in text
   done, total = re.search(r'quantization: (\d+) of (\d+) units', text).groups()
   assert done == total and int(total) > 0
   assert re.search(r'It took \d+ s the last time', text)
-  run = json.loads((tmp_path / 'work' / 'runs.json').read_text())[0]
+  run = json.loads((few / 'runs.json').read_text())[0]
   assert run['mode'] == 'calibrate' and run['config'] == f'{_CONFIG}:few'
   assert run['command'].startswith('python main.py --config ')
   assert run['environment']['packages']['jax']

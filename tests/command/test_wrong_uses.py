@@ -10,7 +10,6 @@ import pathlib
 import shutil
 import sys
 
-import conftest
 import jax
 import numpy as np
 import pytest
@@ -252,21 +251,10 @@ def test_tensorflow_is_missing(call, tmp_path, monkeypatch):
 # ---- Work directories.
 
 
-@pytest.fixture(scope='module')
-def finished(tiny, tmp_path_factory):
-  """Work directory of a calibration of few layers."""
-  target = tmp_path_factory.mktemp('finished') / 'work'
-  flags = (*_FEW, f'--config.checkpoint.path={tiny.weights}')
-  argv = ['main.py', *flags, '--mode', 'calibrate', '--workdir', str(target)]
-  with conftest.quick():
-    assert main.main(argv) == 0
-  return target
-
-
 @pytest.fixture
-def workdir(finished, tmp_path):
+def workdir(few, tmp_path):
   """A copy of a finished calibration."""
-  shutil.copytree(finished, tmp_path / 'work')
+  shutil.copytree(few, tmp_path / 'work')
   return tmp_path / 'work'
 
 
