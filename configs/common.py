@@ -269,10 +269,12 @@ def _sample() -> ml_collections.ConfigDict:
   """Of --mode sample; calibration takes `microbatch` and the correction."""
   sample = ml_collections.ConfigDict()
   sample.num_images = 64
-  sample.batch_size = 64  # images in flight per call, over all devices
+  # Images in flight per call, over all devices of a process; 0: from their free
+  # memory. Has no effect on images.
+  sample.batch_size = 0
   # Images a device computes together, whatever the batch size: rounding
   # decisions in a quantized network depend on the last bit of a sum, and so
-  # on the shape of the compiled program.
+  # on the shape of the compiled program. An accelerator wants 32 or more.
   sample.microbatch = 8
   sample.correction = 'd-d2'  # none, s-d2, d-d2, mean-only, auto, ...
   sample.channel_wise = False  # statistics per latent channel or per tensor

@@ -165,7 +165,7 @@ def claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:
     saved = None
   if not isinstance(saved, dict):
     raise ValueError(
-      f'{marker} is damaged: delete {directory} and calibrate again.'
+      f'{marker} is damaged: delete {directory} and run the same command again.'
     )
   different = files.differences(saved, settings)
   if different:

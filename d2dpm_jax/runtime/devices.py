@@ -39,8 +39,19 @@ def use_compilation_cache() -> None:
 
 
 def mesh() -> Mesh:
-  """A one-axis mesh over every device of every process."""
-  return Mesh(np.asarray(jax.devices()), (DATA_AXIS,))
+  """A one-axis mesh over every device of this process; see `processes`."""
+  return Mesh(np.asarray(jax.local_devices()), (DATA_AXIS,))
+
+
+def free_memory() -> float | None:
+  """Bytes that every device has left; None where devices do not tell."""
+  free = []
+  for device in jax.local_devices():
+    stats = device.memory_stats() or {}
+    if 'bytes_limit' not in stats:
+      return None
+    free.append(float(stats['bytes_limit'] - stats.get('bytes_in_use', 0)))
+  return min(free)
 
 
 def replicate(tree: Any) -> Any:

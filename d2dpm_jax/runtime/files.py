@@ -115,6 +115,16 @@ class Workdir:
     return self.root / 'samples'
 
   @property
+  def all_samples(self) -> pathlib.Path:
+    """All images in one file."""
+    return self.samples / 'samples.npz'
+
+  @property
+  def shards(self) -> pathlib.Path:
+    """Finished batches of images."""
+    return self.samples / 'shards'
+
+  @property
   def metrics(self) -> pathlib.Path:
     return self.root / 'metrics.json'
 
