@@ -81,6 +81,8 @@ def _pipeline(mode: str | None):
       f'--mode {mode} is run by one process, and here are {processes.count()}; '
       f'several take {" or ".join(SHARED_MODES)}.'
     )
+  if not processes.is_first():
+    logging.getLogger('d2dpm_jax').setLevel(logging.WARNING)
   importlib.import_module(f'{runtime}.interruption').install()
   return importlib.import_module(f'd2dpm_jax.pipelines.{mode}')
 

@@ -59,6 +59,11 @@ class Workdir:
     return self.root / 'calibration'
 
   @property
+  def handed_over(self) -> pathlib.Path:
+    """Quantizers, from the process that learned them to the others."""
+    return self.calibration / 'quantizers'
+
+  @property
   def layer_table(self) -> pathlib.Path:
     """Bits of every layer."""
     return self.calibration / 'layers.txt'
