@@ -249,7 +249,9 @@ def _calibration() -> ml_collections.ConfigDict:
   calibration.num_samples = 1024
   calibration.timesteps = 'uniform'  # or 'normal' (PTQ4DM)
   calibration.balanced_labels = True  # over classes; False: at random
-  calibration.batch_size = 64  # trajectories at a time
+  # Trajectories at a time; a multiple of `sample.microbatch` times the devices
+  # of a process uses all of them.
+  calibration.batch_size = 64
   return calibration
 
 
@@ -323,8 +325,10 @@ def _evaluate() -> ml_collections.ConfigDict:
 def _benchmark() -> ml_collections.ConfigDict:
   """What is measured."""
   benchmark = ml_collections.ConfigDict()
-  # 'cost': size in MB and bit operations, from shapes alone (docs/cost.md).
+  # 'cost': size in MB and bit operations, from shapes alone (docs/cost.md);
+  # 'sampling': images per second of `sample` (docs/scale.md).
   benchmark.what = 'cost'
+  benchmark.num_images = 2000  # of the job that 'sampling' runs
   return benchmark
 
 

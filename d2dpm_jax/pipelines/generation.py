@@ -123,6 +123,10 @@ class Launched:
     self.shape = shape
     self.count = count
 
+  def wait(self) -> None:
+    """Waits, and leaves the batch where it is."""
+    jax.block_until_ready(self._out)
+
   def fetch(self, *names: str) -> Any:
     """Waits, and brings the batch to the host.
 

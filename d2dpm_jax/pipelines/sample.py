@@ -51,7 +51,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   if settings.quantized:
     _warn_of_other_points(quantized, settings)
   index = np.arange(settings.num_images)
-  check_labels(model, _labels(model, settings, index))
+  check_labels(model, labels_of(model, settings, index))
   runner = batch_runner(
     quantized,
     settings.correction if settings.quantized else 'none',
@@ -71,7 +71,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     processes.from_first('begin', begin)
     sample_job.make_missing(
       runner,
-      functools.partial(_labels, model, settings),
+      functools.partial(labels_of, model, settings),
       settings.num_images,
       settings.batch_size or batch_size.choose(model, runner.program),
       paths,
@@ -163,7 +163,7 @@ def _warn_of_other_points(
     )
 
 
-def _labels(
+def labels_of(
   model: setup.Model, settings: ml_collections.ConfigDict, index: np.ndarray
 ) -> np.ndarray:
   """The labels of images: given ones in a cycle, or balanced; int32[B]."""

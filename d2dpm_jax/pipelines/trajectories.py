@@ -113,6 +113,14 @@ def collect(
   }
   processes.from_first('trajectories', lambda: claim(directory, settings))
   program = generation.trajectory_program(model.ldm, model.sampler, microbatch)
+  unit = microbatch * devices.mesh().size
+  if batch_size % unit and num_samples > batch_size:
+    _log.warning(
+      '--config.calibration.batch_size=%d leaves devices idle: they take %d '
+      'trajectories at a time.',
+      batch_size,
+      unit,
+    )
   inputs = devices.replicate(
     generation.Inputs(model.params, {}, None, noise_key(seed))
   )

@@ -142,7 +142,7 @@ def test_given_labels_are_cycled_and_others_balanced(tiny):
     model = tiny.with_config(**overrides)
     settings = model.config.sample
     index = np.arange(settings.num_images)
-    return sample._labels(model, settings, index).tolist()
+    return sample.labels_of(model, settings, index).tolist()
 
   assert labels(sample__labels=(3, 1), sample__num_images=5) == [3, 1, 3, 1, 3]
   found = labels(sample__num_images=12)
