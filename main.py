@@ -104,6 +104,8 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(f'--config {path}: there is no such file.')
   pipeline = _pipeline(_MODE.value)
   pipeline.run(_CONFIG.value, _WORKDIR.value or f'out/{path.stem}')
+  # Those who leave early would wait for the others for minutes only.
+  importlib.import_module('d2dpm_jax.runtime.processes').wait_for_all('end')
   progress = importlib.import_module('d2dpm_jax.runtime.progress')
   if peak := progress.peak_memory():
     logging.getLogger('d2dpm_jax').info('Peak memory: %.2f GB', peak / 1e9)
@@ -141,6 +143,7 @@ def _end(code: int, message: str) -> None:
     processes.leave(code)
   if code == 1:
     sys.exit(code)
+  sys.stdout.flush()
   os._exit(code)  # Threads still compile or compute what nobody will have.
 
 

@@ -19,12 +19,15 @@ _IMAGES = 200
 _TIMEOUT_S = 240
 
 
-def _start(mode, workdir, *args, **options):
+def _start(mode, workdir, *args, devices=1):
   """Begins with a mode of the tiny model, with random weights."""
   flags = os.environ.get('XLA_FLAGS', '').split()
+  flags = [f for f in flags if 'device_count' not in f]
   env = {
     **os.environ,
-    'XLA_FLAGS': ' '.join(f for f in flags if 'device_count' not in f),
+    'XLA_FLAGS': ' '.join(
+      [*flags, f'--xla_force_host_platform_device_count={devices}']
+    ),
     'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
   }
   command = [
@@ -39,11 +42,10 @@ def _start(mode, workdir, *args, **options):
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
-    **options,
   )
 
 
-def _sample(workdir, *args, batch_size=8):
+def _sample(workdir, *args, batch_size=8, devices=1):
   return _start(
     'sample',
     workdir,
@@ -51,6 +53,7 @@ def _sample(workdir, *args, batch_size=8):
     f'--config.sample.num_images={_IMAGES}',
     f'--config.sample.batch_size={batch_size}',
     *args,
+    devices=devices,
   )
 
 
@@ -130,6 +133,12 @@ def test_a_preempted_run_says_how_to_go_on(undisturbed, tmp_path, number):
   if number == signal.SIGTERM:
     _finish(_sample(tmp_path))
     assert _merged(tmp_path) == undisturbed
+
+
+def test_eight_devices_write_the_file_of_one(undisturbed, tmp_path):
+  """In batches that are no multiple of eight."""
+  _finish(_sample(tmp_path, batch_size=27, devices=8))
+  assert _merged(tmp_path) == undisturbed
 
 
 # ---- Several processes.

@@ -14,7 +14,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +23,16 @@ from d2dpm_jax.runtime import files
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r'(\d{8,})-(\d{8,})\.npz')
 _DATE = (1980, 1, 1, 0, 0, 0)  # Of every file: equal images are equal bytes.
+
+
+_DAMAGE = (
+  OSError,
+  KeyError,
+  EOFError,
+  ValueError,
+  zlib.error,
+  zipfile.BadZipFile,
+)
 
 
 class Range(NamedTuple):
@@ -73,8 +83,7 @@ class Shards:
         if tuple(file['range']) != which:
           raise ValueError(f'it holds the images {file["range"]}')
         return Shard(file['arr_0'], file['arr_1'])
-    except (OSError, KeyError, EOFError, ValueError, zlib.error,
-            zipfile.BadZipFile) as error:  # fmt: skip
+    except _DAMAGE as error:
       raise ValueError(
         f'{path} is damaged ({error}); run the same command again.'
       ) from error
@@ -88,8 +97,11 @@ class Shards:
         path.unlink()
 
   def _is_itself(self, which: Range) -> bool:
-    with np.load(self.path(which), allow_pickle=False) as file:
-      return tuple(file['range']) == which
+    try:
+      with np.load(self.path(which), allow_pickle=False) as file:
+        return tuple(file['range']) == which
+    except _DAMAGE:
+      return False
 
   def count(self, wanted: int) -> int:
     """How many of the first `wanted` images there are."""
@@ -124,15 +136,13 @@ class Shards:
         yield shard.images[rows]
         done = min(which.stop, wanted)
 
-    image = self.read(self.ranges()[0]).images[:1]
+    _, *size = self.read(self.ranges()[0]).images.shape
     with (
       files.atomic_write(target) as file,
       zipfile.ZipFile(file, 'w') as archive,
     ):
-      shape = (wanted, *image.shape[1:])
-      _write_member(archive, 'arr_0', shape, image.dtype, images())
-      shape, dtype = (wanted,), labels[0].dtype
-      _write_member(archive, 'arr_1', shape, dtype, labels)
+      _write_member(archive, 'arr_0', (wanted, *size), np.uint8, images())
+      _write_member(archive, 'arr_1', (wanted,), np.int32, labels)
 
 
 def holes(ranges: Iterable[Range], wanted: int) -> list[Range]:
@@ -158,13 +168,14 @@ def _write_member(
   archive: zipfile.ZipFile,
   name: str,
   shape: tuple[int, ...],
-  dtype: np.dtype,
+  dtype: Any,
   parts: Iterable[np.ndarray],
 ) -> None:
   """Writes one array of an .npz part by part."""
   info = zipfile.ZipInfo(f'{name}.npy', _DATE)
   with archive.open(info, 'w', force_zip64=True) as stream:
-    header = {'descr': dtype.str, 'fortran_order': False, 'shape': shape}
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    header = {'descr': descr, 'fortran_order': False, 'shape': shape}
     np.lib.format.write_array_header_1_0(stream, header)
     for part in parts:
       stream.write(np.ascontiguousarray(part).data)

@@ -73,9 +73,10 @@ class Background(Generic[_T]):
 
   def _run(self) -> None:
     while (item := self._queue.get()) is not None:
-      if self._dropped or self._error is not None:
-        continue  # So that nobody waits to put something.
-      try:
-        self._finish(item)
-      except BaseException as error:
-        self._error = error
+      # After an error items are still taken: nobody waits to put something.
+      if not self._dropped and self._error is None:
+        try:
+          self._finish(item)
+        except BaseException as error:
+          self._error = error
+      del item  # Memory of devices, while this waits for the next one.
