@@ -9,6 +9,7 @@ collectives give up on processes that come minutes later.
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -166,8 +167,13 @@ def _open_mpi(environment: Mapping[str, str]) -> Cluster | None:
 
 def on_tpu_pod(environment: Mapping[str, str]) -> bool:
   """Whether this is a host of Cloud TPUs, which JAX knows everything about."""
-  hosts = environment.get('TPU_WORKER_HOSTNAMES', '').split(',')
-  return len(hosts) > 1 or any(
+  platforms = environment.get('JAX_PLATFORMS') or 'tpu'
+  if 'tpu' not in platforms.split(','):
+    return False
+  if ',' in environment.get('TPU_WORKER_HOSTNAMES', ''):
+    return True
+  # Of GPUs that are handed to virtual machines there is a /dev/vfio, too.
+  return importlib.util.find_spec('libtpu') is not None and any(
     pathlib.Path(device).exists() for device in ('/dev/accel0', '/dev/vfio/0')
   )
 

@@ -96,3 +96,6 @@ def test_mpirun_is_told_which_flags_to_give():
 def test_hosts_of_a_tpu_pod():
   assert processes.on_tpu_pod({'TPU_WORKER_HOSTNAMES': 'a,b'})
   assert not processes.on_tpu_pod({'TPU_WORKER_HOSTNAMES': 'localhost'})
+  # There, too, a process that computes on its own CPU waits for nobody.
+  cpu = {'TPU_WORKER_HOSTNAMES': 'a,b', 'JAX_PLATFORMS': 'cpu'}
+  assert not processes.on_tpu_pod(cpu)
