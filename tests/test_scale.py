@@ -181,6 +181,17 @@ def test_two_processes_make_the_set_of_one(undisturbed, tmp_path):
   assert _merged(tmp_path) == undisturbed and _count(tmp_path) == 27
 
 
+@pytest.mark.slow
+def test_two_processes_are_killed_and_go_on(undisturbed, tmp_path):
+  for count in (3, 9):
+    with _pair(_sample, tmp_path) as pair:
+      _wait_for_shards(pair[0], tmp_path, count)
+  with _pair(_sample, tmp_path) as pair:
+    for process in pair:
+      _finish(process)
+  assert _merged(tmp_path) == undisturbed
+
+
 def test_what_one_of_two_refuses_ends_both(tmp_path):
   (tmp_path / 'samples' / 'shards').mkdir(parents=True)
   marker = tmp_path / 'samples' / 'shards' / 'settings.json'
@@ -198,11 +209,15 @@ def test_what_one_of_two_refuses_ends_both(tmp_path):
 
 def test_two_processes_calibrate_as_one(tmp_path):
   """Arrays on disk are those of one process, bit for bit."""
-  batches = '--config.calibration.batch_size=4'
-  with _pair(_start, 'calibrate', tmp_path / 'two', batches) as pair:
+  settings = [
+    '--config.calibration.batch_size=4',
+    '--config.quant.reconstruction.iters=0',
+    '--config.quant.reconstruction.act_iters=0',
+  ]
+  with _pair(_start, 'calibrate', tmp_path / 'two', *settings) as pair:
     for process in pair:
       _finish(process)
-  _finish(_start('calibrate', tmp_path / 'one', batches))
+  _finish(_start('calibrate', tmp_path / 'one', *settings))
   wanted, found = contents(tmp_path / 'one'), contents(tmp_path / 'two')
   same = [
     name

@@ -19,7 +19,6 @@ from d2dpm_jax.pipelines import (
   generation,
   sample_job,
   setup,
-  shards,
   statistics,
   trajectories,
 )
@@ -69,7 +68,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   # Nothing is written before: bad settings leave nothing behind.
   with processes.claimed(paths.shards):
     processes.from_first('begin', begin)
-    sample_job.make_missing(
+    sample_job.make(
       runner,
       functools.partial(labels_of, model, settings),
       settings.num_images,
@@ -77,12 +76,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
       paths,
     )
     if processes.is_first():
-      _merge(settings.num_images, paths)
+      _draw(paths)
 
 
-def _merge(wanted: int, paths: files.Workdir) -> None:
-  """Writes all images into one file, and a picture of the first ones."""
-  shards.Shards(paths.shards).merge(paths.all_samples, wanted)
+def _draw(paths: files.Workdir) -> None:
+  """Writes a picture of the first images."""
   shown = next(image_sets.from_path(paths.all_samples).batches(_GRID))
   columns = max(1, int(np.ceil(np.sqrt(len(shown)))))
   scale = max(1, 64 // shown.shape[1])

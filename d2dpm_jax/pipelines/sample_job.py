@@ -17,6 +17,7 @@ from d2dpm_jax.pipelines import generation, shards
 from d2dpm_jax.runtime import background, files, metrics, processes, progress
 
 _log = logging.getLogger(__name__)
+_LISTING_S = 120.0
 
 
 class Run(Protocol):
@@ -31,6 +32,27 @@ class _Batch(NamedTuple):
   start: int
   labels: np.ndarray
   launched: generation.Launched
+
+
+def make(
+  run: Run,
+  labels_of: Callable[[np.ndarray], np.ndarray],
+  wanted: int,
+  batch_size: int,
+  paths: files.Workdir,
+) -> None:
+  """Makes the images that are missing, and the file of all of them.
+
+  See `make_missing`; the first process merges.
+
+  Raises:
+    OSError: among others, the disk is full; the message says what is kept.
+  """
+  directory = shards.Shards(paths.shards)
+  with _full_disk_told(directory, wanted):
+    make_missing(run, labels_of, wanted, batch_size, paths)
+    if processes.is_first():
+      directory.merge(paths.all_samples, wanted)
 
 
 def make_missing(
@@ -50,9 +72,6 @@ def make_missing(
     wanted: number of images.
     batch_size: images in flight per call, over all devices of a process.
     paths: of the run.
-
-  Raises:
-    OSError: among others, the disk is full; the message says what is kept.
   """
   directory = shards.Shards(paths.shards)
 
@@ -70,16 +89,24 @@ def make_missing(
       directory.write(batch.start, images, batch.labels)
       report()
 
-    with _full_disk_told(directory, wanted):
-      # While one batch is written and one waits for it, the next is computed.
-      with background.Background(finish) as thread:
-        for start, stop in processes.own(batches):
-          index = np.arange(start, stop, dtype=np.int32)
-          labels = labels_of(index)
-          launched = run.launch(index, labels, batch_size)
-          thread.put(_Batch(start, labels, launched))
+    # While one batch is written and one waits for it, the next is computed.
+    with background.Background(finish) as thread:
+      for start, stop in processes.own(batches):
+        index = np.arange(start, stop, dtype=np.int32)
+        labels = labels_of(index)
+        launched = run.launch(index, labels, batch_size)
+        thread.put(_Batch(start, labels, launched))
     processes.wait_for_all('sampled')
+    if processes.is_first():
+      _wait_until_seen(directory, wanted)
     report()
+
+
+def _wait_until_seen(directory: shards.Shards, wanted: int) -> None:
+  """Listings of network file systems are old for a while."""
+  end = time.monotonic() + (_LISTING_S if processes.count() > 1 else 0)
+  while directory.count(wanted) < wanted and time.monotonic() < end:
+    time.sleep(0.5)
 
 
 @contextlib.contextmanager

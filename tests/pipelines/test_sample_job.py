@@ -55,8 +55,7 @@ class _Launched:
 def _make(paths, wanted, batch_size=8):
   """Returns the images that were not there yet."""
   run = _Run()
-  sample_job.make_missing(run, _labels, wanted, batch_size, paths)
-  shards.Shards(paths.shards).merge(paths.all_samples, wanted)
+  sample_job.make(run, _labels, wanted, batch_size, paths)
   return run.made
 
 
@@ -161,6 +160,19 @@ def test_a_full_disk_is_one_line_and_loses_no_shard(paths, monkeypatch):
   assert error.value.errno == errno.ENOSPC and '\n' not in str(error.value)
   assert not list(paths.root.rglob('.*.unfinished'))
   assert _make(paths, 40) == list(range(16, 40))
+
+
+def test_a_disk_that_is_full_when_all_is_merged(paths, monkeypatch):
+  def write_member(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(shards, '_write_member', write_member)
+    with pytest.raises(OSError, match='disk is full. 20 of 20 .* kept'):
+      _make(paths, 20)
+  assert not paths.all_samples.exists()
+  assert not list(paths.root.rglob('.*.unfinished'))
+  assert _make(paths, 20) == []
 
 
 def test_other_errors_of_the_writer_are_told_as_they_are(paths, monkeypatch):
