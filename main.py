@@ -13,6 +13,8 @@ Modes:
   experiment all corrections, bits and samplers of config.experiment, in tables
 
 Any field of a config can be set: --config.quant.weight_bits=8
+A run that ends with exit code 75 was stopped by a signal: the same command
+goes on.
 """
 
 import difflib

@@ -281,6 +281,12 @@ def test_batch_size_and_restarts_leave_the_same_file(tiny, tmp_path):
   ]
 
 
+def test_two_runs_do_not_share_a_directory(tiny, paths):
+  with files.claimed(paths.shards):
+    with pytest.raises(ValueError, match='Another process writes into'):
+      _run(tiny, paths.root)
+
+
 @pytest.mark.usefixtures('quick_compile')
 def test_samples_of_other_settings_are_refused(tiny, tmp_path):
   workdir = tmp_path / 'a'
