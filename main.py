@@ -172,6 +172,5 @@ if __name__ == '__main__':
       raise
     _end(
       interruption.EXIT_CODE,
-      f'{error}: stopped. What is finished is kept, and the same command goes '
-      'on there.',
+      f'{error}. What is finished is kept, and the same command goes on there.',
     )

@@ -92,6 +92,7 @@ def make_missing(
     # While one batch is written and one waits for it, the next is computed.
     with background.Background(finish) as thread:
       for start, stop in processes.own(batches):
+        processes.check()
         index = np.arange(start, stop, dtype=np.int32)
         labels = labels_of(index)
         launched = run.launch(index, labels, batch_size)

@@ -131,6 +131,7 @@ def collect(
   total = sum(map(len, batches))
   with progress.progress('trajectories', total, 'image') as bar:
     for index in batches:
+      processes.check()
       start = index[0]
       names = [f'{start:06d}.{field}' for field in Batch._fields]
       reused = all([has_array(directory, name) for name in names])

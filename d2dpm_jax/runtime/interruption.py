@@ -20,4 +20,4 @@ def install() -> None:
 def _raise(number: int, _: FrameType | None) -> None:
   for known in (signal.SIGTERM, signal.SIGINT):
     signal.signal(known, signal.SIG_DFL)
-  raise Interrupted(signal.Signals(number).name)
+  raise Interrupted(f'Stopped by {signal.Signals(number).name}')

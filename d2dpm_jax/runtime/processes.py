@@ -21,11 +21,12 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 from jax._src import distributed  # What Orbax uses; JAX exports no barrier.
 
-from d2dpm_jax.runtime import files
+from d2dpm_jax.runtime import files, interruption
 
 _T = TypeVar('_T')
 _FOREVER_MS = 30 * 24 * 3600 * 1000  # A process that dies ends the others.
-_LEAVE_S = 10.0  # Time for the others to end, too.
+_LEAVE_S = 20.0  # Time for the others to end, too.
+_ENDED = 'd2dpm_jax/ended'
 _meetings: dict[str, int] = {}
 
 
@@ -183,8 +184,28 @@ def _client() -> Any:
   return distributed.global_state.client
 
 
-def _interruptible(call: Callable[[], _T]) -> _T:
-  """What a call in C++ returns; signals are noticed while it waits."""
+def check() -> None:
+  """Does nothing while all processes are at work.
+
+  Raises:
+    Interrupted: another one was stopped by a signal.
+    RuntimeError: another one met an error.
+  """
+  if count() == 1:
+    return
+  for key, code in _client().key_value_dir_get(_ENDED):
+    who = f'Process {key.rpartition("/")[2]} of this run'
+    if int(code) == interruption.EXIT_CODE:
+      raise interruption.Interrupted(f'{who} was stopped')
+    raise RuntimeError(f'{who} met an error and says which')
+
+
+def _interruptible(call: Callable[[], _T], watch: bool = True) -> _T:
+  """What a call in C++ returns.
+
+  Signals, and with `watch` the end of other processes, are noticed while it
+  waits.
+  """
   outcome: list[Any] = []
 
   def run() -> None:
@@ -195,7 +216,10 @@ def _interruptible(call: Callable[[], _T]) -> _T:
 
   thread = threading.Thread(target=run, daemon=True)
   thread.start()
+  thread.join(0.5)
   while thread.is_alive():
+    if watch:
+      check()
     thread.join(0.5)
   value, error = outcome[0]
   if error is not None:
@@ -256,15 +280,20 @@ def claimed(directory: pathlib.Path) -> Iterator[None]:
 
 
 def leave(code: int) -> None:
-  """Ends this process at once, if it is one of several.
+  """Ends this process soon, if it is one of several, and tells the others.
 
-  An orderly end would wait for the others, which may be in the midst of work.
+  An orderly end would wait for them, which may be in the midst of work; `check`
+  tells them to end as well.
   """
   if count() == 1:
     return
   with contextlib.suppress(Exception):
+    _client().key_value_set(f'{_ENDED}/{index()}', str(code))
     _interruptible(
-      lambda: _client().wait_at_barrier('d2dpm_jax/leave', int(1000 * _LEAVE_S))
+      lambda: _client().wait_at_barrier(
+        'd2dpm_jax/leave', int(1000 * _LEAVE_S)
+      ),
+      watch=False,
     )
   if is_first():
     # The others go first: they are shot when the coordination service ends.
