@@ -140,7 +140,9 @@ def test_labels_the_model_does_not_have(calibrated, labels):
 def test_given_labels_are_cycled_and_others_balanced(tiny):
   def labels(**overrides):
     model = tiny.with_config(**overrides)
-    return sample._labels(model, model.config.sample).tolist()
+    settings = model.config.sample
+    index = np.arange(settings.num_images)
+    return sample.labels_of(model, settings, index).tolist()
 
   assert labels(sample__labels=(3, 1), sample__num_images=5) == [3, 1, 3, 1, 3]
   found = labels(sample__num_images=12)
