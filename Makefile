@@ -10,7 +10,7 @@ GOLDEN_SOURCES ?= golden-sources
 # One process a core, and no oversubscription inside each.
 TEST_WORKERS ?= 2
 
-.PHONY: demo golden test test-browser test-slow lint types format clean help
+.PHONY: demo golden test test-browser test-slow test-notebook lint types format clean help
 
 help:  ## Lists the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -39,6 +39,9 @@ test-slow: $(VENV)/.dev  ## Runs the tests that take minutes each.
 test-browser: $(VENV)/.dev  ## Looks at a report in Chromium, which has to be installed.
 	$(RUN) -m pip install --quiet --disable-pip-version-check 'playwright>=1.49,<2'
 	$(RUN) -m pytest -m browser
+
+test-notebook: $(VENV)/.dev  ## Runs the notebook.
+	$(RUN) -m pytest -m slow tests/test_notebook.py
 
 golden:  ## Re-makes and compares reference arrays; tests/golden/README.md.
 	$(TORCH) tests/golden/remake.py $(GOLDEN_SOURCES)

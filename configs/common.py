@@ -257,7 +257,9 @@ def _calibration() -> ml_collections.ConfigDict:
   calibration.num_samples = 1024  # inputs, one of a trajectory each
   calibration.timesteps = 'uniform'  # their spread; or 'normal' (PTQ4DM)
   calibration.balanced_labels = True  # over classes; False: at random
-  calibration.batch_size = 64  # trajectories at a time
+  # Trajectories at a time; a multiple of `sample.microbatch` times the devices
+  # of a process uses all of them.
+  calibration.batch_size = 64
   return calibration
 
 
@@ -277,10 +279,12 @@ def _sample() -> ml_collections.ConfigDict:
   """Of --mode sample; calibration takes `microbatch` and the correction."""
   sample = ml_collections.ConfigDict()
   sample.num_images = 64  # in all
-  sample.batch_size = 64  # images in flight per call, over all devices
+  # Images in flight per call, over all devices of a process; 0: from their free
+  # memory. Has no effect on images.
+  sample.batch_size = 0
   # Images a device computes together, whatever the batch size: rounding
   # decisions in a quantized network depend on the last bit of a sum, and so
-  # on the shape of the compiled program.
+  # on the shape of the compiled program. An accelerator wants 32 or more.
   sample.microbatch = 8
   # none, s-d2, d-d2, ptqd, mean-only, variance-only; auto: what predicts the
   # error best on held-out images, step by step (docs/results.md).
@@ -333,11 +337,13 @@ def _benchmark() -> ml_collections.ConfigDict:
   benchmark = ml_collections.ConfigDict()
   # 'cost': size in MB and bit operations, from shapes alone (docs/cost.md);
   # 'corrections': what they add to a sampling step of a calibrated network;
+  # 'job': images per second of --mode sample from end to end (docs/scale.md);
   # 'evaluation': how long --mode evaluate takes (docs/evaluate.md).
   benchmark.what = 'cost'
   benchmark.repeats = 20  # of 'corrections'
+  benchmark.num_images = 2_000  # that 'job' samples
   # Random images that 'evaluation' looks at, of the model's size.
-  benchmark.num_images = 50_000
+  benchmark.num_samples = 50_000
   benchmark.num_reference = 10_000  # random images as its reference
   return benchmark
 

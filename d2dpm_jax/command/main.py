@@ -5,9 +5,11 @@ import dataclasses
 import difflib
 import importlib
 import logging
+import os
 import pathlib
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +32,8 @@ MODES = {
   'train': 'trains the embedded MNIST models (config mnist)',
 }
 
+# Modes that several processes can share.
+SHARED_MODES = ('calibrate', 'sample')
 # Modes whose results are in the report.
 _REPORTED = ('calibrate', 'sample', 'evaluate', 'experiment', 'benchmark')
 
@@ -51,6 +55,9 @@ Quantized latent diffusion with dual denoising (D2-DPM) in JAX/Flax.
 --debug       shows the traceback of an error, not only one line
 --help_config lists the fields of --config, what they mean and their values;
               words behind it choose, as in --help_config sampler
+Several processes make one run with --coordinator_address, --num_processes and
+--process_id (docs/scale.md). A run that ends with exit code 75 was stopped by a
+signal: the same command goes on.
 """
 
 
@@ -67,6 +74,8 @@ class Options:
     mode: a key of `MODES`, or not.
     workdir: where output goes, if it was said.
     words: arguments that are no flags.
+    cluster: address of the first of several processes, their number, and the
+      number of this one.
   """
 
   argv: tuple[str, ...]
@@ -77,6 +86,7 @@ class Options:
   mode: str | None
   workdir: str | None
   words: tuple[str, ...]
+  cluster: tuple[str | None, int | None, int | None]
   debug: bool
   dry_run: bool
   help: bool
@@ -84,8 +94,15 @@ class Options:
 
 
 def run() -> None:
-  """The program; ends the process."""
-  sys.exit(main(sys.argv))
+  """The program; ends the process, be others in the midst of work."""
+  code = main(sys.argv)
+  processes = sys.modules.get('d2dpm_jax.runtime.processes')
+  if code and processes is not None:
+    processes.leave(code)
+  if code > 1:
+    sys.stdout.flush()
+    os._exit(code)  # Threads still compile or compute what nobody will have.
+  sys.exit(code)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -95,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
   """
   mode = None
   try:
-    with _logging():
+    with _logging(), _signals():
       options = parse(argv)
       mode = options.mode
       _dispatch(options)
@@ -104,6 +121,16 @@ def main(argv: Sequence[str]) -> int:
       raise
     print(f'error: {errors.explain(error, mode)}', file=sys.stderr, flush=True)
     return 1
+  except BaseException as error:
+    interruption = sys.modules.get('d2dpm_jax.runtime.interruption')
+    if not (interruption and isinstance(error, interruption.Interrupted)):
+      raise
+    print(
+      f'{error}. What is finished is kept, and the same command goes on there.',
+      file=sys.stderr,
+      flush=True,
+    )
+    return interruption.EXIT_CODE
   return 0
 
 
@@ -124,7 +151,7 @@ def _dispatch(options: Options) -> None:
     return
   if options.words:
     raise ValueError(f'Unexpected arguments: {" ".join(options.words)}')
-  pipeline = _pipeline(options.mode)
+  pipeline = _pipeline(options.mode, options.cluster)
   workdir = options.workdir or f'out/{options.path.stem}'
   if options.dry_run:
     print(_plan(options, workdir))
@@ -136,9 +163,13 @@ def _dispatch(options: Options) -> None:
   peak = progress.peak_memory()
   if peak:
     logging.getLogger('d2dpm_jax').info('Peak memory: %.2f GB', peak / 1e9)
-  if options.mode in _REPORTED and pathlib.Path(workdir).is_dir():
+  processes = importlib.import_module('d2dpm_jax.runtime.processes')
+  written = options.mode in _REPORTED and pathlib.Path(workdir).is_dir()
+  if written and processes.is_first():
     _record(options, workdir, time.perf_counter() - start, peak)
     _report(workdir)
+  # Those who leave early would wait for the others for minutes only.
+  processes.wait_for_all('end')
 
 
 def _report(workdir: str) -> None:
@@ -181,7 +212,7 @@ def _record(options: Options, workdir: str, seconds: float, peak: int) -> None:
   )
 
 
-def _pipeline(mode: str | None) -> Any:
+def _pipeline(mode: str | None, cluster: Sequence[Any] = ()) -> Any:
   """Imports late: --help and flag errors need no JAX."""
   if mode is None:
     raise ValueError(f'--mode is missing; it is one of {", ".join(MODES)}.')
@@ -189,7 +220,18 @@ def _pipeline(mode: str | None) -> Any:
     close = difflib.get_close_matches(mode, MODES, 1)
     hint = f' Did you mean {close[0]!r}?' if close else ''
     raise ValueError(f'--mode {mode!r}: expected {", ".join(MODES)}.{hint}')
-  importlib.import_module('d2dpm_jax.runtime.devices').configure()
+  runtime = 'd2dpm_jax.runtime'
+  importlib.import_module(f'{runtime}.devices').configure()
+  processes = importlib.import_module(f'{runtime}.processes')
+  processes.initialize(*cluster)
+  if processes.count() > 1 and mode not in SHARED_MODES:
+    raise ValueError(
+      f'--mode {mode} is run by one process, and here are {processes.count()}; '
+      f'several take {" or ".join(SHARED_MODES)}.'
+    )
+  if not processes.is_first():
+    logging.getLogger('d2dpm_jax').setLevel(logging.WARNING)
+  importlib.import_module(f'{runtime}.interruption').install()
   return importlib.import_module(f'd2dpm_jax.pipelines.{mode}')
 
 
@@ -228,8 +270,10 @@ def parse(argv: Sequence[str]) -> Options:
   config_flags.DEFINE_config_file(
     'config', None, flag_values=values, lock_config=True, sys_argv=argv
   )
-  for name in ('mode', 'workdir'):
+  for name in ('mode', 'workdir', 'coordinator_address'):
     flags.DEFINE_string(name, None, '', flag_values=values)
+  for name in ('num_processes', 'process_id'):
+    flags.DEFINE_integer(name, None, '', flag_values=values)
   for name in ('debug', 'dry_run', 'help_config'):
     flags.DEFINE_bool(name, False, '', flag_values=values)
   flags.DEFINE_bool('help', False, '', flag_values=values, short_name='h')
@@ -268,6 +312,11 @@ def parse(argv: Sequence[str]) -> Options:
     mode=values.mode,
     workdir=values.workdir,
     words=tuple(words),
+    cluster=(
+      values.coordinator_address,
+      values.num_processes,
+      values.process_id,
+    ),
     debug=values.debug,
     dry_run=values.dry_run,
     help=values.help,
@@ -298,6 +347,18 @@ def _unknown_flag(name: str, values: flags.FlagValues, source: str) -> str:
   rest = f'.{name.split(".", 1)[1]}' if '.' in name else ''
   hint = f' Did you mean --{close[0]}{rest}?' if close else ''
   return f'Unknown flag --{name}.{hint} --help lists all flags.'
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+  """Puts back what was done at signals before."""
+  before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      if signal.getsignal(number) is not handler:
+        signal.signal(number, handler)
 
 
 @contextlib.contextmanager

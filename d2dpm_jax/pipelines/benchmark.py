@@ -4,7 +4,12 @@ from collections.abc import Callable
 
 import ml_collections
 
-from d2dpm_jax.pipelines import correction_cost, cost, evaluation_timing
+from d2dpm_jax.pipelines import (
+  correction_cost,
+  cost,
+  evaluation_timing,
+  throughput,
+)
 from d2dpm_jax.runtime import files
 
 REPORTS: dict[
@@ -13,6 +18,7 @@ REPORTS: dict[
   'cost': cost.report,
   'corrections': correction_cost.report,
   'evaluation': evaluation_timing.report,
+  'job': throughput.report,
 }
 
 

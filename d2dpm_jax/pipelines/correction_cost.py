@@ -3,7 +3,6 @@
 import logging
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,8 +35,8 @@ def measure(quantized: artifacts.Quantized) -> dict[str, Any]:
 
   Args:
     quantized: with error statistics; its config says how many images
-      (`sample.batch_size`) are sampled at a time, and how often
-      (`benchmark.repeats`).
+      (`sample.batch_size`, 0 is one microbatch per device) are sampled at a
+      time, and how often (`benchmark.repeats`).
 
   Returns:
     What corrections.json holds; ms_per_step and added_percent are medians over
@@ -51,16 +50,17 @@ def measure(quantized: artifacts.Quantized) -> dict[str, Any]:
   repeats, steps = config.benchmark.repeats, model.sampler.steps
   if repeats < 2:
     raise ValueError(f'benchmark.repeats is {repeats}; expected >= 2.')
-  index = np.arange(config.sample.batch_size, dtype=np.int32)
-  labels = generation.balanced_labels(
-    config.seed, index, max(1, model.num_classes)
-  )
-  runs: dict[str, Callable[..., Any]] = {
+  runs = {
     kind: sample.batch_runner(
       quantized, kind, True, False, config.sample.microbatch, config.seed
     )
     for kind in corrections.CORRECTIONS
   }
+  size = config.sample.batch_size or runs['none'].program.unit
+  index = np.arange(size, dtype=np.int32)
+  labels = generation.balanced_labels(
+    config.seed, index, max(1, model.num_classes)
+  )
   for run in runs.values():
     run(index, labels)  # Compiles.
   seconds: dict[str, list[float]] = {kind: [] for kind in runs}

@@ -59,7 +59,7 @@ def measure(
   if settings.network == 'digits':
     shape = judges.digit_net().image_shape
   counts = {
-    'samples': config.benchmark.num_images,
+    'samples': config.benchmark.num_samples,
     'reference': config.benchmark.num_reference,
   }
   folder = paths.benchmark('evaluation_images')
@@ -134,7 +134,7 @@ def _check(
     raise ValueError(
       f'The images need {needed / 1e9:.1f} GB at {folder}, where '
       f'{free / 1e9:.1f} GB are free: choose another --workdir, or fewer with '
-      '--config.benchmark.num_images.'
+      '--config.benchmark.num_samples.'
     )
 
 

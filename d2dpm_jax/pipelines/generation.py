@@ -109,41 +109,128 @@ def _eps_fn(
   )
 
 
-def _over_devices(
-  microbatch: int, fn: Callable[..., Any]
-) -> Callable[..., Any]:
-  """jit of `fn(inputs, *arrays)` over microbatches, sharded over devices."""
+class Launched:
+  """A batch that the devices compute, or have computed.
 
-  def local(inputs, *arrays):
-    parts = jax.tree.map(
-      lambda a: a.reshape(-1, microbatch, *a.shape[1:]), arrays
-    )
-    out = jax.lax.map(lambda part: fn(inputs, *part), parts)
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
+  Attributes:
+    shape: devices, rows of each that there is room for, rows of each that are
+      computed.
+    count: images that were asked for.
+  """
 
-  @functools.partial(jax.jit, static_argnames='number')
-  def sharded(inputs, arrays, number):
-    split = P(devices.DATA_AXIS)
-    return jax.shard_map(
-      local,
-      mesh=devices.mesh(),
-      in_specs=(P(), *[split] * number),
-      out_specs=split,
-    )(inputs, *arrays)
+  def __init__(self, out: Any, shape: tuple[int, int, int], count: int):
+    self._out = out
+    self.shape = shape
+    self.count = count
 
-  unit = microbatch * devices.mesh().size
+  def wait(self) -> None:
+    """Waits, and leaves the batch where it is."""
+    jax.block_until_ready(self._out)
 
-  def run(inputs: Inputs | StepInputs, *arrays: np.ndarray) -> Any:
-    """Pads the batch to whole microbatches on every device, and trims."""
+  def fetch(self, *names: str) -> Any:
+    """Waits, and brings the batch to the host.
+
+    Args:
+      *names: of the arrays, where there are several; without any, all.
+
+    Returns:
+      Arrays of `count` rows, in the structure of what the program returns.
+    """
+    out = {name: self._out[name] for name in names} if names else self._out
+    over, room, used = self.shape
+
+    def trimmed(a: Array) -> np.ndarray:
+      host = np.asarray(a)
+      if used < room:
+        host = host.reshape(over, room, *host.shape[1:])[:, :used]
+        host = host.reshape(-1, *host.shape[2:])
+      return host[: self.count]
+
+    return jax.tree.map(trimmed, out)
+
+
+class Program:
+  """jit of `fn(inputs, *arrays)` over microbatches, split over devices."""
+
+  def __init__(self, microbatch: int, fn: Callable[..., Any]):
+    self._microbatch = microbatch
+    mesh = devices.mesh()
+    self._devices = mesh.size
+
+    fn = jax.jit(fn)  # Traced once for shapes and values.
+
+    def local(inputs, steps, *arrays):
+      parts = [a.reshape(-1, microbatch, *a.shape[1:]) for a in arrays]
+
+      def add(i, out):
+        part = fn(inputs, *(a[i] for a in parts))
+        return jax.tree.map(lambda all_, one: all_.at[i].set(one), out, part)
+
+      room = len(parts[0])
+      out = jax.tree.map(
+        lambda like: jnp.zeros((room, *like.shape), like.dtype),
+        jax.eval_shape(fn, inputs, *(a[0] for a in parts)),
+      )
+      out = jax.lax.fori_loop(0, steps, add, out)
+      return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
+
+    @functools.partial(jax.jit, static_argnames='number')
+    def sharded(inputs, steps, arrays, number):
+      split = P(devices.DATA_AXIS)
+      return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P(), P(), *[split] * number),
+        out_specs=split,
+        # The loop begins with zeros, which are the same on all devices.
+        check_vma=False,
+      )(inputs, steps, *arrays)
+
+    self._sharded = sharded
+
+  @property
+  def unit(self) -> int:
+    """Images of one microbatch on every device."""
+    return self._microbatch * self._devices
+
+  def launch(
+    self,
+    inputs: Inputs | StepInputs,
+    *arrays: np.ndarray,
+    room: int = 0,
+  ) -> Launched:
+    """Begins with a batch and does not wait for it.
+
+    Args:
+      inputs: the same for every image.
+      *arrays: a row for every image.
+      room: images that the compiled program has room for, if more than these.
+        Whole microbatches without images cost no time: one program serves
+        batches of all sizes.
+    """
     count = len(arrays[0])
-    padding = -count % unit
-    padded = tuple(
-      np.concatenate([a, np.repeat(a[-1:], padding, 0)]) for a in arrays
-    )
-    out = sharded(inputs, padded, len(padded))
-    return jax.tree.map(lambda a: np.asarray(a)[:count], out)
+    steps = -(-count // self.unit)
+    used = steps * self._microbatch
+    shape = (self._devices, max(used, -(-room // self.unit) * self._microbatch))
 
-  return run
+    def padded(a: np.ndarray) -> np.ndarray:
+      """Every device gets its part of the rows, with room behind them."""
+      missing = self._devices * used - count
+      a = np.concatenate([a, np.repeat(a[-1:], missing, 0)])
+      if used < shape[1]:
+        a = a.reshape(self._devices, used, *a.shape[1:])
+        behind = np.repeat(a[:, -1:], shape[1] - used, 1)
+        a = np.concatenate([a, behind], 1).reshape(-1, *a.shape[2:])
+      return a
+
+    out = self._sharded(
+      inputs, np.int32(steps), tuple(map(padded, arrays)), len(arrays)
+    )
+    return Launched(out, (*shape, used), count)
+
+  def __call__(self, inputs: Inputs | StepInputs, *arrays: np.ndarray) -> Any:
+    """Runs a batch of any size."""
+    return self.launch(inputs, *arrays).fetch()
 
 
 @functools.lru_cache(maxsize=64)  # An experiment goes through many.
@@ -152,7 +239,7 @@ def sample_program(
   settings: SamplerSettings,
   correction: str,
   microbatch: int,
-) -> Callable[..., dict[str, np.ndarray]]:
+) -> Program:
   """Compiles noise -> images.
 
   Returns:
@@ -179,13 +266,13 @@ def sample_program(
     decoded = ldm.decode(inputs.params, latents)
     return {'images': images.to_uint8(decoded), 'latents': latents}
 
-  return _over_devices(microbatch, microbatch_fn)
+  return Program(microbatch, microbatch_fn)
 
 
 @functools.lru_cache(maxsize=8)
 def trajectory_program(
   ldm: LatentDiffusion, settings: SamplerSettings, microbatch: int
-) -> Callable[..., dict[str, np.ndarray]]:
+) -> Program:
   """Compiles noise -> every x_t and guided eps of the network on the way.
 
   Returns:
@@ -206,13 +293,13 @@ def trajectory_program(
     )
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), seen)
 
-  return _over_devices(microbatch, microbatch_fn)
+  return Program(microbatch, microbatch_fn)
 
 
 @functools.lru_cache(maxsize=8)
 def eps_program(
   ldm: LatentDiffusion, settings: SamplerSettings, microbatch: int
-) -> Callable[..., np.ndarray]:
+) -> Program:
   """Compiles given trajectories -> guided eps at each of their points.
 
   Returns:
@@ -230,13 +317,13 @@ def eps_program(
     _, eps = jax.lax.scan(step, None, (jnp.moveaxis(x, 1, 0), rows.t))
     return jnp.moveaxis(eps, 0, 1)
 
-  return _over_devices(microbatch, microbatch_fn)
+  return Program(microbatch, microbatch_fn)
 
 
 @functools.lru_cache(maxsize=8)
 def pair_program(
   ldm: LatentDiffusion, settings: SamplerSettings, microbatch: int
-) -> Callable[..., dict[str, np.ndarray]]:
+) -> Program:
   """Compiles x_t -> guided eps of both networks at it, for any timestep.
 
   Returns:
@@ -252,7 +339,7 @@ def pair_program(
       for name, inputs in networks.items()
     }
 
-  return _over_devices(microbatch, microbatch_fn)
+  return Program(microbatch, microbatch_fn)
 
 
 @functools.lru_cache(maxsize=8)
@@ -261,7 +348,7 @@ def advance_program(
   settings: SamplerSettings,
   correction: str,
   microbatch: int,
-) -> Callable[..., np.ndarray]:
+) -> Program:
   """Compiles one step of the sampler from an eps_q that is there already.
 
   Returns:
@@ -287,4 +374,4 @@ def advance_program(
       error_noise_fn=stream(noise.Stream.ERROR) if draws else None,
     )
 
-  return _over_devices(microbatch, microbatch_fn)
+  return Program(microbatch, microbatch_fn)

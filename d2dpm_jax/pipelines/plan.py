@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 
 from d2dpm_jax.pipelines import (
+  batch_size,
   calibrate,
   experiment_grid,
   layer_bits,
@@ -210,27 +211,14 @@ def _check_calibration(model: setup.Model, paths: files.Workdir) -> None:
     )
 
 
-def _sampling_memory(model: setup.Model, microbatch: int) -> list[str]:
-  """Of `microbatch` images on their way, on each device."""
-  guided = model.num_classes and model.sampler.guidance_scale != 1
-  rows = microbatch * (2 if guided else 1)
-  inputs = [
-    jax.ShapeDtypeStruct((rows, *np.shape(x)[1:]), x.dtype)
-    for x in layer_bits.example_arguments(model)[1:]
-    if x is not None
-  ]
-  unet = memory.forward_bytes(
-    model.ldm.unet.apply, {'params': model.params['unet']}, *inputs
-  )
-  latents = jax.ShapeDtypeStruct(
-    (microbatch, *model.ldm.latent_shape), np.float32
-  )
-  decoder = memory.forward_bytes(model.ldm.decode, model.params, latents)
+def _sampling_memory(model: setup.Model) -> list[str]:
+  """Of a microbatch on its way, on each device."""
+  microbatch = model.config.sample.microbatch
+  images = microbatch * batch_size.working(model.ldm)
   weights = cost.array_bytes(model.params)
   return [
-    f'{_size(weights + max(unet, decoder))} on each device: weights '
-    f'{_size(weights)}, {microbatch} images in the U-Net {_size(unet)} or in '
-    f'the decoder {_size(decoder)}'
+    f'{_size(weights + images)} on each device: weights {_size(weights)}, '
+    f'{microbatch} images at a time {_size(images)}'
   ]
 
 
@@ -242,12 +230,14 @@ def _sample(model: setup.Model, paths: files.Workdir) -> _Plan:
     missing = ': MISSING; --mode calibrate makes them'
     reads.append(f'quantizers {paths.quantized}{"" if there else missing}')
   names = ['samples.npz', 'grid.png']
+  phases = [f'{len(list(paths.shards.glob("*.npz")))} batches of images']
   if settings.compare:
-    names = ['compare.png', 'compare/images.npz']
+    names, phases = ['compare.png', 'compare/images.npz'], []
   return _Plan(
     reads,
-    _sampling_memory(model, settings.microbatch),
-    writes=[*(paths.samples / name for name in names), paths.report],
+    _sampling_memory(model),
+    phases,
+    [*(paths.samples / name for name in names), paths.report],
   )
 
 
@@ -263,7 +253,7 @@ def _experiment(model: setup.Model, paths: files.Workdir) -> _Plan:
       _weights(model, paths),
       f'reference {model.config.evaluate.reference or "(not set)"}',
     ],
-    _sampling_memory(model, model.config.sample.microbatch),
+    _sampling_memory(model),
     [f'{done} of {len(cells)} cells of {grid.num_images} images'],
     [*map(paths.experiment, results), paths.report],
   )

@@ -22,7 +22,7 @@ from d2dpm_jax.diffusion import ddim, noise
 from d2dpm_jax.pipelines import artifacts, generation, setup, trajectories
 from d2dpm_jax.quantization import transform
 from d2dpm_jax.reporting import error_plots, plots
-from d2dpm_jax.runtime import devices, files, progress
+from d2dpm_jax.runtime import devices, files, processes, progress
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +79,8 @@ def fit_errors(
     else _fit_full_precision
   )
   found, points = fit(model, qstate, spool, paths)
+  if not processes.is_first():
+    return found
   table = selection.format_table(found.held_out)
   with files.atomic_write(paths.held_out_table, 'w') as file:
     file.write(f'{table}\n')
@@ -193,14 +195,16 @@ def _fit_full_precision(
   inputs = devices.replicate(
     generation.Inputs(model.params, qstate, None, noise.seed_key(config.seed))
   )
-  count = config.statistics.num_samples
-  with progress.progress('statistics', count, 'image') as bar:
-    for start, rows, batch in _batches(model, spool):
+  batches = processes.own(list(_batches(model, spool)))
+  total = sum(rows for _, rows, _ in batches)
+  with progress.progress('statistics', total, 'image') as bar:
+    for start, rows, batch in batches:
       reused = trajectories.has_array(directory, f'{start:06d}')
       if not reused:
         eps_q = program(inputs, batch.x[:rows], batch.labels[:rows])
         trajectories.write_array(directory, f'{start:06d}', eps_q)
       bar.update(rows, reused=reused)
+  processes.wait_for_all('statistics')
   # Opened here: steps are fitted in threads, and Python 3.11 cannot parse the
   # headers of files in several at once.
   opened = [
@@ -264,7 +268,8 @@ def _fit_quantized(
     'seed': config.seed,
     'microbatch': config.sample.microbatch,
   }
-  trajectories.claim(directory, {**settings_of(model), 'statistics': collected})
+  wanted = {**settings_of(model), 'statistics': collected}
+  processes.from_first('claim', lambda: trajectories.claim(directory, wanted))
   rows = generation.rows_of(model.ldm, model.sampler)
   networks = generation.pair_program(
     model.ldm, model.sampler, config.sample.microbatch
@@ -295,14 +300,15 @@ def _fit_quantized(
       yield eps_q, eps, x
 
   found: list[Statistics] = []
-  total = config.statistics.num_samples * len(rows.t)
+  batches = processes.own(list(_batches(model, spool)))
+  total = sum(count for _, count, _ in batches) * len(rows.t)
   with progress.progress('statistics', total, 'evaluation') as bar:
     for step, t in enumerate(steps):
       here = _step_inputs(inputs, rows, step)
       if found:
         correct = _correction_row(found[-1], config.sample, rows.t[step - 1])
         before = _step_inputs(inputs, rows, step - 1, correct)
-      for start, count, batch in _batches(model, spool):
+      for start, count, batch in batches:
         names = ('x', 'eps', 'eps_q')
         stems = [f'{step:03d}.{start:06d}.{name}' for name in names]
         reused = all([trajectories.has_array(directory, s) for s in stems])
@@ -318,6 +324,7 @@ def _fit_quantized(
             trajectories.write_array(directory, stem, array)
         bar.update(count, reused=reused)
 
+      processes.wait_for_all('step')
       opened = list(points(t))  # Not in the threads that fit.
       there = functools.partial(lambda opened, t: iter(opened), opened)
       found.append(_fit([t], there, model))

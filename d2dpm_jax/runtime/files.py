@@ -69,6 +69,11 @@ class Workdir:
     return self.root / 'calibration'
 
   @property
+  def handed_over(self) -> pathlib.Path:
+    """Quantizers, from the process that learned them to the others."""
+    return self.calibration / 'quantizers'
+
+  @property
   def layer_table(self) -> pathlib.Path:
     """Bits of every layer."""
     return self.calibration / 'layers.txt'
@@ -128,6 +133,16 @@ class Workdir:
   def comparison(self) -> pathlib.Path:
     """Images of several samplers from the same noise."""
     return self.samples / 'compare' / 'images.npz'
+
+  @property
+  def all_samples(self) -> pathlib.Path:
+    """All images in one file."""
+    return self.samples / 'samples.npz'
+
+  @property
+  def shards(self) -> pathlib.Path:
+    """Finished batches of images."""
+    return self.samples / 'shards'
 
   @property
   def metrics(self) -> pathlib.Path:

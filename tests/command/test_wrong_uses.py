@@ -349,7 +349,7 @@ def test_damaged_arrays_of_a_checkpoint(call, workdir):
 @pytest.mark.parametrize(
   ('mode', 'module', 'function', 'fix'),
   [
-    ('sample', 'sample', 'generate', '--config.sample.microbatch'),
+    ('sample', 'sample_job', 'make', '--config.sample.microbatch'),
     ('calibrate', 'trajectories', 'collect', 'host_streams=True'),
     ('evaluate', 'judges', 'network', '--config.evaluate.batch_size'),
   ],

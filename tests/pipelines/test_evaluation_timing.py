@@ -13,7 +13,7 @@ from d2dpm_jax.runtime import files
 @pytest.fixture
 def config():
   found = mnist.get_config()
-  found.benchmark.update(what='evaluation', num_images=30, num_reference=20)
+  found.benchmark.update(what='evaluation', num_samples=30, num_reference=20)
   found.evaluate.batch_size = 16
   return found
 

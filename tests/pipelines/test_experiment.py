@@ -274,7 +274,7 @@ def test_images_are_those_of_mode_sample(finished):
   images, _ = sample.generate(
     artifacts.load(model, paths),
     np.arange(_IMAGES),
-    sample._labels(model, config.sample),
+    sample.labels_of(model, config.sample, np.arange(_IMAGES)),
     correction='d-d2',
     channel_wise=False,
     absorb=False,

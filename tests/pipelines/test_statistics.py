@@ -258,7 +258,7 @@ def test_killed_at_any_write_it_goes_on(toy, tmp_path, monkeypatch):
 
 def test_another_correction_is_refused(toy, tmp_path):
   _fit(toy(), tmp_path)
-  with pytest.raises(ValueError, match="correction: saved 'd-d2', now 'none'"):
+  with pytest.raises(ValueError, match="correction: saved 'auto', now 'none'"):
     _fit(toy(sample__correction='none'), tmp_path)
 
 
