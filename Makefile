@@ -13,7 +13,7 @@ TEST_WORKERS ?= 2
 .PHONY: demo golden test test-browser test-slow test-notebook lint types format clean help
 
 help:  ## Lists the targets.
-	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
 
 $(VENV)/.run: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else f"Python {v[0]}.{v[1]} is not supported; run: make PYTHON=python3.12 ...")'
@@ -21,7 +21,7 @@ $(VENV)/.run: requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+$(VENV)/.dev: requirements-dev.txt pyproject.toml $(VENV)/.run
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 

@@ -116,6 +116,9 @@ def main(argv: Sequence[str]) -> int:
       options = parse(argv)
       mode = options.mode
       _dispatch(options)
+  except BrokenPipeError:  # As of `| head`: who reads has read enough.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 0
   except Exception as error:
     if '--debug' in argv:
       raise
