@@ -3,6 +3,7 @@
 import importlib
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -91,6 +92,10 @@ def test_a_wheel_in_a_bare_environment(tmp_path):
   """Needs a network; `d2dpm` from a folder that is not the checkout."""
   venv.create(tmp_path / 'venv', with_pip=True)
   folder = tmp_path / 'venv' / 'bin'
+  source = tmp_path / 'source'  # Setuptools builds where the source is.
+  shutil.copytree(
+    _ROOT, source, ignore=shutil.ignore_patterns('.*', 'out*', 'build')
+  )
 
   def call(*command):
     done = subprocess.run(
@@ -99,9 +104,7 @@ def test_a_wheel_in_a_bare_environment(tmp_path):
     assert done.returncode == 0, done.stderr
     return done.stdout
 
-  call(
-    folder / 'pip', 'wheel', '--no-deps', '-w', tmp_path / 'dist', str(_ROOT)
-  )
+  call(folder / 'pip', 'wheel', '--no-deps', '-w', tmp_path / 'dist', source)
   (wheel,) = (tmp_path / 'dist').glob('*.whl')
   call(folder / 'pip', 'install', wheel)
   assert 'd2dpm --config mnist' in call(folder / 'd2dpm', '--help')
