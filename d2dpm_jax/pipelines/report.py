@@ -150,7 +150,7 @@ def _facts(
       {
         'name': f'PSNR, {row.name}',
         'value': row.note.removesuffix(' PSNR'),
-        'note': f'to full precision, N = {len(row.urls)}',
+        'note': f'to full precision, N\u00a0=\u00a0{len(row.urls)}',
       }
       for row in rows[1:]
       if 'auto' in row.name or row is rows[1]

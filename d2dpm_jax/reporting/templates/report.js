@@ -39,7 +39,8 @@ if (viewer) {
     const pair = of('pair');
     pair.style.setProperty('--at', of('at').value + '%');
     pair.style.setProperty('--zoom', of('zoom').value);
-    viewer.classList.toggle('difference', of('difference').checked);
+    const difference = of('difference');
+    viewer.classList.toggle('difference', !!difference && difference.checked);
   };
   for (const cell of cells) {
     cell.addEventListener('click', () => {
