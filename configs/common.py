@@ -202,6 +202,12 @@ def _quant(weight_bits: int) -> ml_collections.ConfigDict:
   quant.latent_layers = LATENT_LAYERS  # regex
   quant.latent_range = 5.0
 
+  # How quantized layers compute: 'simulated' in floating point, on numbers that
+  # lie on their grids, or 'integer', int8 x int8 (docs/integer.md). The same
+  # but for float rounding. Integer execution becomes the default when its GPU
+  # kernels are there.
+  quant.execution = 'simulated'
+
   # Modules whose weights are reconstructed together (BRECQ's blocks); every
   # other quantized layer is reconstructed alone, with () all of them.
   quant.block_types = ('ResBlock', 'BasicTransformerBlock')

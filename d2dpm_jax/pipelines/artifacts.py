@@ -1,18 +1,28 @@
-"""What calibration leaves behind: quantizers and error models, on disk."""
+"""What calibration leaves behind: a quantized model and its error models.
+
+`quantized/` holds all that sampling needs: packed weights and grids of the
+quantized layers, and every other parameter in floating point, those of the
+first stage and of the condition too.
+"""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
+from flax import traverse_util
 
 from d2dpm_jax.denoising import gaussian, selection
-from d2dpm_jax.pipelines import setup
-from d2dpm_jax.quantization import transform
+from d2dpm_jax.pipelines import generation, setup
+from d2dpm_jax.quantization import cost, integer, packing, transform
 from d2dpm_jax.runtime import files, weights
 
-FORMAT = 1
+_log = logging.getLogger(__name__)
+
+FORMAT = 2  # 1: a byte per code, and no other parameters.
 # Fields of config.quant that decide what the quantized network is; the others
 # only say how it was found.
 _STRUCTURE = (
@@ -30,18 +40,28 @@ class Quantized:
   """A model with quantizers and error models; what sampling takes.
 
   Attributes:
-    model: the full-precision model that the quantizers belong to.
+    model: the full-precision model that the quantizers belong to. Of
+      `load_alone` it has float32[0] for kernels that are quantized.
     qstate: path -> quantizers of `quantization.transform`; empty for the
       full-precision network itself.
     error_models: 'tensor' and 'channel' -> joint Gaussians of all steps.
     held_out: how corrections did on images that they were not fitted on, for
       the correction 'auto'.
+    prepared: what `executable` returns, if that is made already.
   """
 
   model: setup.Model
   qstate: transform.QuantState
   error_models: Mapping[str, gaussian.ErrorModel]
   held_out: selection.HeldOut | None = None
+  prepared: integer.IntegerState | None = None
+
+  def executable(self) -> integer.IntegerState:
+    """Quantized layers as programs take them, see `generation.executable`."""
+    if self.prepared is not None:
+      return self.prepared
+    execution = self.model.config.quant.execution
+    return generation.executable(self.qstate, execution)
 
   def statistics(
     self, correction: str, channel_wise: bool
@@ -75,6 +95,16 @@ class Quantized:
 
 
 def full_precision(model: setup.Model) -> Quantized:
+  """The model itself, for `sample`.
+
+  Raises:
+    ValueError: it comes from a calibration alone and has no such weights.
+  """
+  if not all(np.size(x) for x in jax.tree.leaves(model.params['unet'])):
+    raise ValueError(
+      'A model that was read from a calibration alone has no full-precision '
+      'weights: name them with --config.checkpoint.path.'
+    )
   return Quantized(model, {}, {})
 
 
@@ -94,20 +124,80 @@ def sampler_settings(model: setup.Model) -> dict[str, Any]:
 
 
 def save(quantized: Quantized, paths: files.Workdir) -> None:
-  """Writes quantizers (Orbax) and error models (.npz)."""
+  """Writes the quantized model (Orbax) and error models (.npz)."""
   for kind, error_model in quantized.error_models.items():
     error_model.save(paths.error_model(kind))
   if quantized.held_out is not None:
     quantized.held_out.save(paths.held_out)
   # Last: a directory with quantizers is a finished calibration.
-  tree = {
-    # Orbax takes '/' in a name for a folder.
-    path.replace('/', '.'): sides
-    for path, sides in transform.state_to_arrays(quantized.qstate).items()
-  }
   weights.save_tree(
-    paths.quantized, jax.device_get(tree), structure(quantized.model)
+    paths.quantized,
+    jax.device_get(_stored(quantized)),
+    structure(quantized.model),
   )
+
+
+def _stored(quantized: Quantized) -> dict[str, Any]:
+  """The tree in `quantized/`."""
+  qstate = transform.pack_state(quantized.qstate)
+  params = traverse_util.flatten_dict(
+    generation.without_kernels(quantized.model.params, {**qstate})
+  )
+  return {
+    'layers': {
+      # Orbax takes '/' in a name for a folder.
+      path.replace('/', '.'): sides
+      for path, sides in transform.state_to_arrays(qstate).items()
+    },
+    'params': traverse_util.unflatten_dict(
+      {name: x for name, x in params.items() if np.size(x)}
+    ),
+  }
+
+
+def log_sizes(quantized: Quantized) -> None:
+  """Says what the U-Net takes as it is stored, and while it runs."""
+  sizes = unet_bytes(quantized)
+  execution = quantized.model.config.quant.execution
+  _log.info(
+    'U-Net: %.1f MB in float32; %.1f MB stored (%.3fx), %.1f MB on each device '
+    '(%.3fx, %s execution)',
+    sizes['float32'] / 1e6,
+    sizes['stored'] / 1e6,
+    sizes['stored'] / sizes['float32'],
+    sizes['device'] / 1e6,
+    sizes['device'] / sizes['float32'],
+    execution,
+  )
+
+
+def unet_bytes(quantized: Quantized) -> dict[str, int]:
+  """Bytes of the parameters of the U-Net, without activations.
+
+  Returns:
+    'float32'; 'stored', in `quantized/` before compression; 'device', while it
+    runs: simulated execution has dequantized kernels beside the codes.
+  """
+  model = quantized.model
+  stored = _stored(quantized)
+  execution = model.config.quant.execution
+  kernels = sum(
+    4 * int(np.prod(packing.pack(layer['weight']).shape))
+    for layer in quantized.qstate.values()
+    if layer['weight'] is not None
+  )
+  floats = cost.array_bytes(stored['params']['unet'])
+  device = floats + cost.array_bytes(quantized.executable())
+  return {
+    'float32': floats + kernels,
+    'stored': floats + cost.array_bytes(stored['layers']),
+    'device': device + (kernels if execution == 'simulated' else 0),
+  }
+
+
+def is_finished(paths: files.Workdir) -> bool:
+  """Whether a work directory holds a finished calibration."""
+  return weights.is_complete(paths.quantized)
 
 
 def _not_finished(paths: files.Workdir) -> FileNotFoundError:
@@ -133,17 +223,68 @@ def saved_settings(paths: files.Workdir) -> dict[str, Any]:
 
 
 def load(model: setup.Model, paths: files.Workdir) -> Quantized:
-  """Reads what `save` wrote.
+  """Reads what `save` wrote, for a full-precision model that is there.
 
   Raises:
     FileNotFoundError: this work directory has no finished calibration.
     ValueError: it was made for another model, other bits or another format;
       the message names both values.
   """
+  tree, saved = _read(paths)
+  return _assemble(model, tree, saved, paths)
+
+
+def load_alone(
+  config: ml_collections.ConfigDict, paths: files.Workdir
+) -> Quantized:
+  """Reads what `save` wrote; no checkpoint is needed.
+
+  Raises:
+    FileNotFoundError: this work directory has no finished calibration.
+    ValueError: as `load`; and as `setup.load` for a bad config.
+  """
+  config, ldm = setup.checked(config)
+  tree, saved = _read(paths)
+  model = setup.Model(config, ldm, None, saved['weights'])
+  quantized = _assemble(model, tree, saved, paths)
+  absent = [
+    f'unet/{path}/kernel'
+    for path, layer in quantized.qstate.items()
+    if layer['weight'] is not None
+  ]
+  flat = traverse_util.flatten_dict(tree['params'], sep='/')
+  setup.check_shapes(tree['params'], ldm, paths.quantized, absent)
+  flat |= {name: np.zeros([0], np.float32) for name in absent}
+  params = traverse_util.unflatten_dict(flat, sep='/')
+  params.setdefault('cond_stage', {})  # Of an unconditional model.
+  return dataclasses.replace(
+    quantized, model=dataclasses.replace(model, params=params)
+  )
+
+
+def _read(paths: files.Workdir) -> tuple[Any, dict[str, Any]]:
+  """The tree in `quantized/`, and `structure` of its model.
+
+  Raises:
+    FileNotFoundError: this work directory has no finished calibration.
+    ValueError: it has another format, or is damaged.
+  """
   try:
-    tree, saved = weights.load_tree(paths.quantized)
+    saved = weights.load_meta(paths.quantized)
+    if saved.get('format') != FORMAT:
+      raise ValueError(
+        f'{paths.quantized} has format {saved.get("format")}, but this version '
+        f'reads format {FORMAT}: run --mode calibrate again, in another '
+        '--workdir.'
+      )
+    return weights.load_tree(paths.quantized)
   except FileNotFoundError as error:
     raise _not_finished(paths) from error
+
+
+def _assemble(
+  model: setup.Model, tree: Any, saved: Mapping[str, Any], paths: files.Workdir
+) -> Quantized:
   different = files.differences(saved, structure(model))
   if different:
     raise ValueError(
@@ -151,7 +292,7 @@ def load(model: setup.Model, paths: files.Workdir) -> Quantized:
       f'{"; ".join(different)}. Use these, or calibrate in another --workdir.'
     )
   qstate = transform.state_from_arrays(
-    {path.replace('.', '/'): sides for path, sides in tree.items()}
+    {path.replace('.', '/'): sides for path, sides in tree['layers'].items()}
   )
   error_models = {
     kind: gaussian.ErrorModel.load(paths.error_model(kind), structure(model))
@@ -160,4 +301,4 @@ def load(model: setup.Model, paths: files.Workdir) -> Quantized:
   held = None  # Calibrations from before there was any have none.
   if paths.held_out.is_file():
     held = selection.HeldOut.load(paths.held_out, structure(model))
-  return Quantized(model, jax.tree.map(np.asarray, qstate), error_models, held)
+  return Quantized(model, qstate, error_models, held)

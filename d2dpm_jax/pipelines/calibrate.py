@@ -76,10 +76,12 @@ def run_phases(
     with times.phase('quantization'):
       # Off the device that learned it: sampling runs on all of them.
       qstate = jax.device_get(quantize.quantize(model, spool, paths))
+      qstate = transform.pack_state(qstate)
   with times.phase('statistics'):
     errors = statistics.fit_errors(model, qstate, spool, paths)
   quantized = artifacts.Quantized(model, qstate, *errors)
   artifacts.save(quantized, paths)
+  artifacts.log_sizes(quantized)
   for line in times.lines():
     _log.info(line)
   return quantized
@@ -109,6 +111,7 @@ def check(model: setup.Model) -> None:
       f'statistics.outlier_std is {config.statistics.outlier_std}; expected '
       '> 0.'
     )
+  generation.check_execution(config.quant.execution)
   statistics.check(config)
   generation.rows_of(model.ldm, model.sampler)
   quantize.reconstruction_settings(config.quant)
@@ -125,6 +128,7 @@ def settings(model: setup.Model) -> dict[str, Any]:
   groups = {name: setup.plain(model.config[name]) for name in names}
   for name in _PLACE:
     del groups['quant']['reconstruction'][name]
+  del groups['quant']['execution']  # The same numbers.
   return {
     **artifacts.structure(model),
     **groups,

@@ -298,7 +298,7 @@ def _make_cells(bench: Bench, sampler: str, cells: _Cells) -> None:
     if not rest:
       continue
     quantized = _calibrated(bench, sampler, rest[0].quantizer, rest[0].bits)
-    quantized = _on_device(_with_float_weights(quantized))
+    quantized = _on_device(_executable(quantized))
     for cell in rest:
       sampled = _sample(bench, quantized, cell, cells)
       _write(bench, cell, sampled, references[cell.seed])
@@ -347,6 +347,17 @@ def _calibrated(
   setup.begin(model.config, paths)
   spool_at = bench.paths.experiment(f'trajectories/{sampler}')
   return calibrate.run_phases(model, paths, spool_at, qstate)
+
+
+def _executable(quantized: artifacts.Quantized) -> artifacts.Quantized:
+  """The same network as programs take it; see `config.quant.execution`."""
+  execution = quantized.model.config.quant.execution
+  if execution == 'simulated':
+    return _with_float_weights(quantized)
+  qstate = generation.executable(quantized.qstate, execution)
+  params = generation.without_kernels(quantized.model.params, qstate)
+  model = dataclasses.replace(quantized.model, params=params)
+  return dataclasses.replace(quantized, model=model, qstate=qstate)
 
 
 def _with_float_weights(quantized: artifacts.Quantized) -> artifacts.Quantized:

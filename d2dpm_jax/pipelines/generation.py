@@ -19,10 +19,12 @@ from jax.sharding import PartitionSpec as P
 from d2dpm_jax.denoising import correction as corrections
 from d2dpm_jax.diffusion import ddim, noise, sampler, schedule
 from d2dpm_jax.models.latent_diffusion import LatentDiffusion
-from d2dpm_jax.quantization import transform
+from d2dpm_jax.quantization import integer, transform
 from d2dpm_jax.runtime import devices, images
 
 Array = jax.Array
+
+EXECUTIONS = ('simulated', 'integer')  # Of quantized layers.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Inputs(NamedTuple):
   """Arguments of a program that are the same for every image."""
 
   params: Any  # Of the LatentDiffusion.
-  qstate: Any  # Quantizers, or {} for the full-precision network.
+  qstate: Any  # Of `executable`, or {} for the full-precision network.
   correction_rows: Any  # Of denoising.correction, or None.
   key: Array  # Root of all noise.
 
@@ -48,6 +50,36 @@ class StepInputs(NamedTuple):
 
   inputs: Inputs  # `correction_rows` is one row, like `row`.
   row: ddim.Rows  # Scalars.
+
+
+def check_execution(execution: str) -> None:
+  """Raises ValueError for an unknown `quant.execution`."""
+  if execution not in EXECUTIONS:
+    raise ValueError(
+      f'quant.execution {execution!r}: expected one of {list(EXECUTIONS)}.'
+    )
+
+
+def executable(
+  qstate: transform.QuantState, execution: str
+) -> integer.IntegerState:
+  """Quantizers as programs take them.
+
+  Args:
+    qstate: quantizers.
+    execution: 'simulated' or 'integer', see `config.quant.execution`.
+
+  Raises:
+    ValueError: an unknown `execution`.
+  """
+  check_execution(execution)
+  return integer.prepare(qstate) if execution == 'integer' else {**qstate}
+
+
+def without_kernels(params: Any, qstate: integer.IntegerState) -> Any:
+  """Parameters without the U-Net's kernels that `qstate` holds as codes."""
+  variables = integer.without_kernels({'params': params['unet']}, qstate)
+  return {**params, 'unet': variables['params']}
 
 
 def rows_of(ldm: LatentDiffusion, settings: SamplerSettings) -> ddim.Rows:
@@ -85,18 +117,23 @@ def _eps_fn(
 ) -> Callable[[Array, Array, Any], Array]:
   """The guided network of one microbatch, quantized if there is a qstate."""
   variables = {'params': inputs.params['unet']}
-  acts: transform.QuantState = {}
-  if inputs.qstate:
+  simulated: transform.QuantState = {
+    path: layer
+    for path, layer in inputs.qstate.items()
+    if not isinstance(layer, integer.IntegerLayer)
+  }
+  layers: integer.IntegerState = dict(inputs.qstate)
+  if simulated:
     # Weights are dequantized here, once, and not in every sampling step.
-    variables = transform.dequantize_variables(variables, inputs.qstate)
-    acts = {
+    variables = transform.dequantize_variables(variables, simulated)
+    layers |= {
       path: transform.LayerState(weight=None, act=layer['act'])
-      for path, layer in inputs.qstate.items()
+      for path, layer in simulated.items()
     }
-  apply = transform.quantize(ldm.unet.apply)
+  apply = integer.apply(ldm.unet.apply)
 
   def network(x, t, context, _):
-    return apply(variables, acts, x, t, context)
+    return apply(variables, layers, x, t, context)
 
   if ldm.cond_stage is None:
     return ddim.classifier_free(network, settings.guidance_scale)

@@ -22,12 +22,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   paths = files.Workdir.at(workdir)
   settings = config.sample
   _check(settings)
-  model = setup.load(config, paths)
-  quantized = (
-    artifacts.load(model, paths)
-    if settings.quantized or settings.compare
-    else artifacts.full_precision(model)
-  )
+  quantized = _network(config, paths)
+  model = quantized.model
   if settings.compare:
     compare(quantized, settings, paths.samples)
     setup.begin(config, paths)
@@ -56,6 +52,29 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     paths.samples / 'grid.png', images.grid(shown, columns, scale)
   )
   _log.info('Wrote %s and %s', target, paths.samples / 'grid.png')
+
+
+def _network(
+  config: ml_collections.ConfigDict, paths: files.Workdir
+) -> artifacts.Quantized:
+  """What is sampled from.
+
+  A calibration needs no checkpoint beside it, unless full precision is sampled
+  too.
+  """
+  generation.check_execution(config.quant.execution)
+  settings = config.sample
+  try:
+    model = setup.load(config, paths)
+  except FileNotFoundError as error:
+    needed = settings.compare or not settings.quantized
+    if needed or not artifacts.is_finished(paths):
+      raise
+    _log.info('%s Samples from %s alone.', error, paths.quantized)
+    return artifacts.load_alone(config, paths)
+  if not (settings.quantized or settings.compare):
+    return artifacts.full_precision(model)
+  return artifacts.load(model, paths)
 
 
 def _check(settings: ml_collections.ConfigDict) -> None:
@@ -185,8 +204,12 @@ def batch_runner(
   program = generation.sample_program(
     model.ldm, model.sampler, correction, microbatch
   )
+  qstate = generation.executable(quantized.qstate, model.config.quant.execution)
   inputs = generation.Inputs(
-    model.params, quantized.qstate, rows, noise.seed_key(seed)
+    generation.without_kernels(model.params, qstate),
+    qstate,
+    rows,
+    noise.seed_key(seed),
   )
   inputs = devices.replicate(inputs)
   return lambda index, labels: program(inputs, index, labels)

@@ -190,8 +190,10 @@ def _fit_full_precision(
   program = generation.eps_program(
     model.ldm, model.sampler, config.sample.microbatch
   )
+  state = generation.executable(qstate, config.quant.execution)
+  params = generation.without_kernels(model.params, state)
   inputs = devices.replicate(
-    generation.Inputs(model.params, qstate, None, noise.seed_key(config.seed))
+    generation.Inputs(params, state, None, noise.seed_key(config.seed))
   )
   count = config.statistics.num_samples
   with progress.progress('statistics', count, 'image') as bar:
@@ -273,9 +275,10 @@ def _fit_quantized(
     config.sample.correction,
     config.sample.microbatch,
   )
+  state = generation.executable(qstate, config.quant.execution)
   inputs = devices.replicate(
     generation.Inputs(
-      model.params, qstate, None, trajectories.noise_key(config.seed)
+      model.params, state, None, trajectories.noise_key(config.seed)
     )
   )
 

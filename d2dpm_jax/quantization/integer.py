@@ -365,7 +365,8 @@ def _geometry(
       return (value or 1,) * 2
     return tuple(value)
 
-  size = tuple(module.kernel_size)
+  size = module.kernel_size
+  size = (size,) if isinstance(size, int) else tuple(size)
   if (
     len(size) != 2
     or len(shape) != 4
