@@ -235,6 +235,7 @@ def _settings(bench: Bench, cell: Cell) -> dict[str, Any]:
   if cell.quantizer:
     found['correction'] = cell.correction
     found['statistics'] = cell.statistics
+    found['execution'] = config.quant.execution
     found['absorb_variance'] = _absorbs(bench, cell)
     found['calibration'] = _calibration_settings(
       bench, cell.sampler, cell.quantizer, cell.bits
@@ -351,13 +352,15 @@ def _calibrated(
 
 def _executable(quantized: artifacts.Quantized) -> artifacts.Quantized:
   """The same network as programs take it; see `config.quant.execution`."""
-  execution = quantized.model.config.quant.execution
-  if execution == 'simulated':
+  model = quantized.model
+  if model.config.quant.execution == 'simulated':
     return _with_float_weights(quantized)
-  qstate = generation.executable(quantized.qstate, execution)
-  params = generation.without_kernels(quantized.model.params, qstate)
-  model = dataclasses.replace(quantized.model, params=params)
-  return dataclasses.replace(quantized, model=model, qstate=qstate)
+  prepared = quantized.executable()
+  params = generation.without_kernels(model.params, prepared)
+  model = dataclasses.replace(model, params=params)
+  return dataclasses.replace(
+    quantized, model=model, qstate={}, prepared=prepared
+  )
 
 
 def _with_float_weights(quantized: artifacts.Quantized) -> artifacts.Quantized:
@@ -384,7 +387,10 @@ def _on_device(quantized: artifacts.Quantized) -> artifacts.Quantized:
   model = quantized.model
   model = dataclasses.replace(model, params=devices.replicate(model.params))
   qstate = devices.replicate(quantized.qstate)
-  return dataclasses.replace(quantized, model=model, qstate=qstate)
+  prepared = devices.replicate(quantized.prepared)
+  return dataclasses.replace(
+    quantized, model=model, qstate=qstate, prepared=prepared
+  )
 
 
 def _sample(

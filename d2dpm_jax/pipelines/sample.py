@@ -204,7 +204,7 @@ def batch_runner(
   program = generation.sample_program(
     model.ldm, model.sampler, correction, microbatch
   )
-  qstate = generation.executable(quantized.qstate, model.config.quant.execution)
+  qstate = quantized.executable()
   inputs = generation.Inputs(
     generation.without_kernels(model.params, qstate),
     qstate,
