@@ -25,13 +25,11 @@ Offsets are as near to the zero points as int8 operands allow: o = clip(z,
 2**b - 128, 128). With 8 bits o is 128. With fewer it is nearly always the zero
 point itself, and then A or B is 0.
 
-All of this is exact while sums are below 2**31, which `prepare` checks layer by
-layer with the codes at hand. Where float32 carries the products (on CPUs for
-speed, on GPUs because int8 convolutions have no int32 output there), they are
-exact below 2**24: `IntegerLayer.exact` says if no sum of any input can exceed
-that. On CPUs layers without that go through int32. On GPUs the convolution
-itself accumulates in int32, and its result is rounded to 24 bits, as that of
-any float32 layer is.
+All of this is exact in int32 while sums are below 2**31, which `prepare` sees
+to. XLA has no int32 result for convolutions of int8 on GPUs: they accumulate
+in int32 there, and hand the sum over as float32, exact below 2**24 and rounded
+to 24 bits above, as any float32 is. With 8 bits sums of 1024 products can reach
+that, but products have both signs.
 
 Docs: docs/integer.md.
 """
@@ -39,7 +37,7 @@ Docs: docs/integer.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -52,7 +50,6 @@ from d2dpm_jax.quantization import affine, packing, transform
 Array = jax.Array
 
 _INT32 = 2**31
-_FLOAT32 = 2**24  # Whole numbers up to here are float32.
 _INT8 = 128
 
 
@@ -71,7 +68,6 @@ class IntegerLayer:
     scale: float32[O], sx sw.
     bits: of the weights.
     inputs: I.
-    exact: no sum of products reaches 2**24.
   """
 
   codes: Array
@@ -83,7 +79,6 @@ class IntegerLayer:
   scale: Array
   bits: int = flax.struct.field(pytree_node=False)
   inputs: int = flax.struct.field(pytree_node=False)
-  exact: bool = flax.struct.field(pytree_node=False)
 
 
 # Path -> layer; quantizers as in `transform` for layers that do not run on
@@ -128,12 +123,10 @@ def _integer_layer(
   over_inputs = codes.sum(-2, dtype=np.int64) - codes.shape[-2] * zw.reshape(-1)
   shift_w, shift_x = ow - zw, ox - zx
   correction = shift_x * over_inputs  # float64[.., O], whole numbers.
-  kernel = np.abs(codes.astype(np.int16) - ow.astype(np.int16))
-  taps = tuple(range(codes.ndim - 1))
-  products = _INT8 * kernel.sum(taps, dtype=np.int64).max()
-  sums = _INT8 * int(np.prod(codes.shape[:-1])) * np.abs(shift_w).max()
-  borders = np.abs(correction).sum(taps[:-1]).max()
-  if products + sums + borders >= _INT32:
+  count = int(np.prod(codes.shape[:-1]))
+  bound = count * _INT8 * (_INT8 + np.abs(shift_w).max())
+  taps = tuple(range(correction.ndim - 1))
+  if bound + np.abs(correction).sum(taps).max() >= _INT32:
     return None
   steps = np.asarray(weight.scale, np.float32).reshape(-1)
   scale: Any = np.float32(act.scale) * steps
@@ -153,7 +146,6 @@ def _integer_layer(
     scale=scale,
     bits=weight.bits,
     inputs=weight.inputs,
-    exact=bool(products < _FLOAT32),
   )
 
 
@@ -180,29 +172,15 @@ def input_operand(layer: IntegerLayer, x: Array) -> Array:
   return _to_int8(affine.quantize(x, layer.act).codes, layer.act_offset)
 
 
-class _Arithmetic(NamedTuple):
-  """Types for sums of int8 products."""
-
-  operand: Any  # That carry the int8 numbers.
-  products: Any  # Sums of products.
-  total: Any  # That corrections are added in.
+def _conv_result() -> Any:
+  """Type of a convolution of int8; see the top of this file."""
+  return jnp.float32 if jax.default_backend() == 'gpu' else jnp.int32
 
 
-def _arithmetic(exact: bool, convolution: bool) -> _Arithmetic:
-  """Those of the backend; see the top of this file."""
-  backend = jax.default_backend()
-  if backend == 'cpu' and exact:
-    return _Arithmetic(jnp.float32, jnp.float32, jnp.int32)
-  if backend == 'gpu' and convolution:
-    return _Arithmetic(jnp.int8, jnp.float32, jnp.float32)
-  return _Arithmetic(jnp.int8, jnp.int32, jnp.int32)
-
-
-def _total(products: Array, corrections: list[Array], dtype: Any) -> Array:
-  total = products.astype(dtype)
-  if corrections:
-    total += sum(corrections[1:], corrections[0]).astype(dtype)
-  return total
+def _corrected(products: Array, corrections: list[Array]) -> Array:
+  if not corrections:
+    return products
+  return products + sum(corrections[1:], corrections[0]).astype(products.dtype)
 
 
 def dense(layer: IntegerLayer, x: Array) -> Array:
@@ -225,12 +203,11 @@ def _matmul(layer: IntegerLayer, a: Array, k: Array) -> Array:
   """int32[.., O] of int8[.., I] and int8[I, O]."""
   if a.shape[-1] != k.shape[0]:
     raise ValueError(f'An input of shape {a.shape} and a kernel {k.shape}.')
-  types = _arithmetic(layer.exact, convolution=False)
   products = jax.lax.dot_general(
-    a.astype(types.operand),
-    k.astype(types.operand),
+    a,
+    k,
     (((a.ndim - 1,), (0,)), ((), ())),
-    preferred_element_type=types.products,
+    preferred_element_type=jnp.int32,
   )
   corrections = []
   if layer.weight_shift is not None:
@@ -238,7 +215,7 @@ def _matmul(layer: IntegerLayer, a: Array, k: Array) -> Array:
     corrections.append(sums * layer.weight_shift)
   if layer.correction is not None:
     corrections.append(layer.correction.reshape(-1))
-  return _total(products, corrections, types.total)
+  return _corrected(products, corrections)
 
 
 def conv(
@@ -269,14 +246,13 @@ def conv(
   no_padding = not any(map(any, padding))
   if (height, width) == (1, 1) and no_padding and set(strides) == {1}:
     return _matmul(layer, a, k[0, 0])
-  types = _arithmetic(layer.exact, convolution=True)
   products = jax.lax.conv_general_dilated(
-    a.astype(types.operand),
-    k.astype(types.operand),
+    a,
+    k,
     strides,
     padding,
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    preferred_element_type=types.products,
+    preferred_element_type=_conv_result(),
   )
   corrections = []
   if layer.weight_shift is not None:
@@ -293,7 +269,7 @@ def conv(
     corrections.append(
       border_map(layer.correction, (x.shape[1], x.shape[2]), strides, padding)
     )
-  return _total(products, corrections, types.total)
+  return _corrected(products, corrections)
 
 
 def _inside(
