@@ -9,6 +9,7 @@ import pytest
 from helpers import assert_error_models_equal, assert_trees_equal, contents
 
 import d2dpm_jax as d2
+from d2dpm_jax import api
 from d2dpm_jax.pipelines import artifacts, experiment, generation, sample
 from d2dpm_jax.quantization import integer, packing
 from d2dpm_jax.runtime import files, weights
@@ -109,6 +110,15 @@ def test_alone_it_is_the_same(tiny, calibrated):
   )
   for layer in qstate.values():
     assert isinstance(layer['weight'], packing.PackedWeight)
+
+
+def test_notebooks_need_no_checkpoint_either(tiny, calibrated, monkeypatch):
+  config = tiny.config(checkpoint__path='gone', quant__weight_bits=8)
+  monkeypatch.setattr(api, '_config', lambda name, overrides: config)
+  found = d2.load_quantized('tiny', calibrated.paths.root)
+  assert_trees_equal(found.qstate, calibrated.quantized.qstate)
+  assert found.model.config.quant.weight_bits == 4
+  assert found.model.digest == tiny.model.digest
 
 
 def test_another_model_is_refused(tiny, calibrated):
