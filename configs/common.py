@@ -293,8 +293,9 @@ def _evaluate() -> ml_collections.ConfigDict:
   """What is compared with what, and by which network."""
   return ml_collections.ConfigDict(
     dict(
-      # An .npz (arr_0, arr_1) or a folder of them; '' is the run's samples;
-      # 'mnist:test', 'mnist:train[:10000]': images of `train.data`.
+      # An .npz (arr_0, arr_1), a folder of them or of pictures; '' is the run's
+      # samples; 'mnist:test', 'mnist:train[:10000]': images of `train.data`;
+      # 'tfds:lsun/bedroom:train[:50000]'. Several with commas between.
       samples='',
       # Any of these, a file written with `save_statistics`, a reference batch
       # of openai/guided-diffusion, or, for the network 'digits',
@@ -305,6 +306,15 @@ def _evaluate() -> ml_collections.ConfigDict:
       # Weights of 'inception': a published file or a folder that holds one; ''
       # looks into ~/.cache/d2dpm_jax. See docs/evaluate.md.
       inception='',
+      # How pictures and images of tfds become one size: 'none' (they are),
+      # 'adm' (ImageNet's), 'ldm' (LSUN's); and which, 0 is the model's.
+      preprocess='none',
+      image_size=0,
+      # Samples of the same seed and labels, such as those of full precision:
+      # how far the samples are from them, image by image.
+      fidelity='',
+      bootstrap=0,  # draws for an interval of FID, such as 200; 0: none
+      selfcheck=False,  # only see whether known inputs give known numbers
       through_first_stage=False,  # encode and decode the samples first
       batch_size=64,  # images at a time, over all devices
       neighbours=3,  # k of precision and recall

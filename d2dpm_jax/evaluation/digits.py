@@ -65,5 +65,17 @@ def digit_net(path: pathlib.Path) -> FeatureNet:
     images = images.astype(jnp.float32) / 127.5 - 1.0
     return Activations(**DigitClassifier().apply({'params': params}, images))
 
+  def layers(params, images):
+    images = images.astype(jnp.float32) / 127.5 - 1.0
+    _, state = DigitClassifier().apply(
+      {'params': params},
+      images,
+      capture_intermediates=lambda module, _: isinstance(module, nn.Conv),
+    )
+    found = state['intermediates']
+    return [nn.relu(found[f'conv_{i}']['__call__'][0]) for i in range(4)]
+
   digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-  return FeatureNet('digits', digest, IMAGE_SHAPE, CLASSES, params, apply)
+  return FeatureNet(
+    'digits', digest, IMAGE_SHAPE, CLASSES, params, apply, layers
+  )

@@ -9,6 +9,15 @@ from typing import NamedTuple
 import numpy as np
 
 
+class Psnr(NamedTuple):
+  """Of N images to others; see `Distance`."""
+
+  psnr: float | None
+  psnr_mean: float | None
+  psnr_median: float | None
+  identical: float
+
+
 class Distance(NamedTuple):
   """Of N images to theirs in full precision; None where nothing is known."""
 
@@ -46,19 +55,23 @@ def distance(
         f'Distance of {list(found.shape)} to {list(wanted.shape)}: expected '
         'the same shape, and at least one image.'
       )
-  pixel, latent = (_squared_errors(*pair) for pair in pairs)
-  changed = pixel[pixel > 0]
+  pixel, latent = (squared_errors(*pair) for pair in pairs)
+  return Distance(**psnr(pixel)._asdict(), latent_mse=float(latent.mean()))
+
+
+def psnr(errors: np.ndarray) -> Psnr:
+  """PSNR from what `squared_errors` says of at least one image."""
+  changed = errors[errors > 0]
   by_image = _psnr(changed)
-  return Distance(
-    psnr=float(_psnr(pixel.mean())) if changed.size else None,
+  return Psnr(
+    psnr=float(_psnr(errors.mean())) if changed.size else None,
     psnr_mean=float(by_image.mean()) if changed.size else None,
     psnr_median=float(np.median(by_image)) if changed.size else None,
-    identical=1 - changed.size / len(pixel),
-    latent_mse=float(latent.mean()),
+    identical=1 - changed.size / len(errors),
   )
 
 
-def _squared_errors(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def squared_errors(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
   """Mean squared error of each image, float64[N]."""
   errors = np.empty(len(found))
   for k, (a, b) in enumerate(zip(found, wanted, strict=True)):

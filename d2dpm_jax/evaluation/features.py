@@ -4,7 +4,7 @@ Letters: `B` batch, `N` images, `H W` space, `C` channels, `K` classes.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +34,8 @@ class FeatureNet:
     classes: K.
     params: its parameters.
     apply: (params, uint8[B,H,W,C]) -> Activations; pure, to be jitted.
+    layers: (params, uint8[B,H,W,C]) -> float32[B,...,C] of several layers, for
+      `fidelity.feature_distances`; None: the features alone.
   """
 
   name: str
@@ -42,6 +44,7 @@ class FeatureNet:
   classes: int
   params: Any
   apply: Callable[[Any, jax.Array], Activations]
+  layers: Callable[[Any, jax.Array], Sequence[jax.Array]] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,6 +58,8 @@ class Summary:
     spatial: Gaussian of the spatial features.
     vectors: float16[N,D], the features themselves, for precision and recall.
     logits: float32[N,K]; None in stored statistics.
+    exact: float32[N,D], the features unrounded; None unless asked for.
+    counted: whether N is also the number of images that the Gaussians are of.
   """
 
   count: int
@@ -62,6 +67,8 @@ class Summary:
   spatial: frechet.Gaussian
   vectors: np.ndarray
   logits: np.ndarray | None = None
+  exact: np.ndarray | None = None
+  counted: bool = True
 
 
 def activations(
@@ -106,6 +113,7 @@ def summarize(
   batches: Iterable[np.ndarray],
   batch_size: int,
   progress: Callable[[int], None] = lambda n: None,
+  keep_exact: bool = False,
 ) -> Summary:
   """Gaussians, vectors and logits of a set of images.
 
@@ -114,12 +122,13 @@ def summarize(
     batches: uint8[B,H,W,C] each.
     batch_size: see `activations`.
     progress: called with the number of images of each batch when it is done.
+    keep_exact: whether to fill `Summary.exact`, of 4 N D bytes.
 
   Raises:
     ValueError: see `activations`; fewer than two images.
   """
   moments: list[frechet.Moments] = []
-  vectors, logits = [], []
+  vectors, logits, exact = [], [], []
   for out in activations(net, batches, batch_size):
     kinds = (out.features, out.spatial)
     if not moments:
@@ -128,6 +137,8 @@ def summarize(
       moment.update(values)
     vectors.append(out.features.astype(np.float16))
     logits.append(out.logits)
+    if keep_exact:
+      exact.append(out.features)
     progress(len(out.logits))
   if not moments or moments[0].count < 2:
     raise ValueError(
@@ -141,4 +152,5 @@ def summarize(
     spatial,
     np.concatenate(vectors),
     np.concatenate(logits),
+    np.concatenate(exact) if keep_exact else None,
   )

@@ -82,8 +82,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     )
   if not all(np.isfinite(x).all() for x in (*a, *b)):
     raise ValueError('Frechet distance of features with NaN or infinity.')
-  values, vectors = np.linalg.eigh(a.covariance)
-  root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+  root = square_root(a.covariance)
   product = np.linalg.eigvalsh(root @ b.covariance @ root)
   difference = a.mean - b.mean
   distance = (
@@ -93,3 +92,9 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     - 2 * np.sqrt(np.maximum(product, 0)).sum()
   )
   return max(0.0, float(distance))
+
+
+def square_root(covariance: np.ndarray) -> np.ndarray:
+  """The symmetric matrix whose square this one is; float64[D,D]."""
+  values, vectors = np.linalg.eigh(covariance)
+  return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T

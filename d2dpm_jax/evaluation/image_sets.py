@@ -77,9 +77,13 @@ def from_path(path: pathlib.Path) -> ImageSet:
     _labels(file, count)
     for file, (count, *_) in zip(files, headers, strict=True)
   ]
-  shapes = {shape[1:] for shape in headers}
-  if len(shapes) > 1:
-    raise ValueError(f'{path} holds images of several sizes: {sorted(shapes)}.')
+  shape = headers[0][1:]
+  for file, (_, *other) in zip(files, headers, strict=True):
+    if tuple(other) != shape:
+      raise ValueError(
+        f'{path} holds images of several sizes: {list(shape)} in '
+        f'{files[0].name}, but {other} in {file.name}.'
+      )
   known = [x for x in labels if x is not None]
   if known and len(known) < len(files):
     raise ValueError(f'{path}: some of the files have labels and some do not.')
@@ -91,7 +95,7 @@ def from_path(path: pathlib.Path) -> ImageSet:
 
   return ImageSet(
     str(path),
-    (count, *shapes.pop()),
+    (count, *shape),
     np.concatenate(known) if known else None,
     batches,
   )

@@ -116,6 +116,7 @@ def check(model: setup.Model) -> None:
   generation.rows_of(model.ldm, model.sampler)
   quantize.reconstruction_settings(config.quant)
   layer_bits.layer_policy(model)
+  layer_bits.check_block_types(model)
 
 
 # Of quant.reconstruction: where it is computed, which changes nothing else.
@@ -133,4 +134,5 @@ def settings(model: setup.Model) -> dict[str, Any]:
     **artifacts.structure(model),
     **groups,
     'microbatch': model.config.sample.microbatch,
+    'dtype': model.config.model.dtype,
   }

@@ -1,20 +1,16 @@
 """`--mode evaluate`: how good samples are, and whether they are what was asked.
 
-Sets of images are named by
-  ''                      what --mode sample wrote in this work directory
-  path                    an .npz with arr_0 and perhaps arr_1, or a folder
-  mnist:test              the test set; --config.train.data says where it is
-  mnist:train[:10000]     the first 10 000 training images
-and references by these, or by statistics: 'pretrained:mnist', the path of a
-file written with --config.evaluate.save_statistics, or that of a reference
-batch of openai/guided-diffusion; see docs/evaluate.md.
+Sets of images are named as in `image_names`, references by these, or by
+statistics: 'pretrained:mnist', the path of a file written with
+--config.evaluate.save_statistics, or that of a reference batch of
+openai/guided-diffusion; see docs/evaluate.md.
 """
 
 import dataclasses
 import importlib.resources
+import itertools
 import logging
 import pathlib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,15 +19,18 @@ import ml_collections
 import numpy as np
 
 from d2dpm_jax.evaluation import (
+  bootstrap,
   digits,
   features,
+  fidelity,
   frechet,
   image_sets,
   manifold,
   references,
   scores,
+  selfcheck,
 )
-from d2dpm_jax.pipelines import inception, setup
+from d2dpm_jax.pipelines import image_names, inception, setup
 from d2dpm_jax.runtime import files, images, progress
 from d2dpm_jax.training import data
 
@@ -39,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 _NETWORKS = ('digits', 'inception')
 _PRETRAINED = 'pretrained:'
-_DATASET = re.compile(r'mnist:(train|test)(?:\[:(\d+)\])?')
+_PUBLISHED = 50_000  # Images that published numbers are of.
 # Name in metrics.json -> name in the table, and how it is written there.
 _ROWS = {
   'label_agreement': ('label agreement', '{:.2%}'),
@@ -49,10 +48,21 @@ _ROWS = {
   'precision': ('precision', '{:.4f}'),
   'recall': ('recall', '{:.4f}'),
 }
+_FIDELITY_ROWS = {
+  'psnr': ('PSNR', '{:.2f} dB'),
+  'psnr_mean': ('PSNR, mean', '{:.2f} dB'),
+  'psnr_median': ('PSNR, median', '{:.2f} dB'),
+  'identical': ('identical', '{:.2%}'),
+  'feature_distance': ('feature distance', '{:.5f}'),
+  'feature_distance_median': ('median of it', '{:.5f}'),
+}
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Prints a table of metrics and writes metrics.json."""
+  """Prints a table of metrics and writes metrics.json; or checks itself."""
+  if config.evaluate.selfcheck:
+    check_installation()
+    return
   paths = files.Workdir.at(workdir)
   result = evaluate(config, paths)
   print(table(result))
@@ -63,7 +73,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
 def evaluate(
   config: ml_collections.ConfigDict, paths: files.Workdir
 ) -> dict[str, Any]:
-  """Judges one set of images.
+  """Judges one set of images, or several.
 
   Args:
     config: an experiment; `config.evaluate` says what is compared with what.
@@ -71,9 +81,10 @@ def evaluate(
 
   Returns:
     What metrics.json holds: counts, names, settings, and the metrics. What
-    cannot be known is None: label agreement without labels or of another
-    network than 'digits', whose classes are not the labels; precision and
-    recall of not more images than neighbours.
+    cannot be known, or was not asked for, is None: label agreement without
+    labels or of another network than 'digits', whose classes are not the
+    labels; precision and recall of not more images than neighbours. Of several
+    sets, {'sets': {name: that of one set}}, with names as in the config.
 
   Raises:
     FileNotFoundError: there are no weights of the network.
@@ -81,21 +92,65 @@ def evaluate(
   """
   settings = config.evaluate
   _check(settings)
-  samples = _image_set(settings.samples, config, paths)
-  net, reference = judges(samples, config, paths)
+  names = image_names.split(settings.samples)
+  if settings.save_statistics and len(names) > 1:
+    raise ValueError(
+      'evaluate.save_statistics keeps those of one set of images, but '
+      f'evaluate.samples names {len(names)}.'
+    )
+  sets = [image_names.find(name, config, paths) for name in names]
+  for samples in sets:
+    _check_count(samples)
+  others = None
+  if settings.fidelity:
+    others = image_names.find(settings.fidelity, config, paths)
+    for samples in sets:
+      fidelity.check(samples, others)
+  model = setup.load(config, paths) if settings.through_first_stage else None
+  net = _network(config, sets[0])
+  for samples in sets:
+    _check_images(samples, net)
+  reference = _reference(config, paths, net)
+  results = [
+    _judge(samples, others, net, reference, config, model) for samples in sets
+  ]
+  if len(results) == 1:
+    return results[0]
+  return {'sets': dict(zip(names, results, strict=True))}
+
+
+def _judge(
+  samples: image_sets.ImageSet,
+  others: image_sets.ImageSet | None,
+  net: features.FeatureNet,
+  reference: features.Summary,
+  config: ml_collections.ConfigDict,
+  model: setup.Model | None,
+) -> dict[str, Any]:
+  """What metrics.json holds of one set; `model` if its first stage comes in."""
+  settings = config.evaluate
   labels = samples.labels if settings.network == 'digits' else None
-  if settings.through_first_stage:
-    samples = _through_first_stage(samples, setup.load(config, paths))
-  summary = _summarize(samples, net, settings.batch_size)
+  if model is not None:
+    samples = _through_first_stage(samples, model)
+  draws = settings.bootstrap
+  summary = _summarize(samples, net, settings.batch_size, draws > 0)
   result = {
     'samples': samples.name,
     'num_samples': summary.count,
     'reference': settings.reference,
     'num_reference': reference.count,
+    'num_reference_statistics': reference.count if reference.counted else None,
     'network': net.name,
     'network_digest': net.digest,
     'settings': {
-      name: settings[name] for name in ('shuffle', 'neighbours', 'split_size')
+      name: settings[name]
+      for name in (
+        'shuffle',
+        'neighbours',
+        'split_size',
+        'preprocess',
+        'image_size',
+      )
     },
     **measure(
       summary,
@@ -105,12 +160,52 @@ def evaluate(
       neighbours=settings.neighbours,
       split_size=settings.split_size,
     ),
+    'fid_bootstrap': None,
+    'fidelity': None,
   }
+  if summary.exact is not None:
+    with progress.progress('bootstrap', draws, 'draw') as bar:
+      interval = bootstrap.fid_interval(
+        summary.exact, reference.features, draws, config.seed, bar.update
+      )
+    result['fid_bootstrap'] = interval._asdict()
+  if others is not None:
+    with progress.progress('fidelity', summary.count, 'image') as bar:
+      compared = fidelity.fidelity(
+        samples, others, net, settings.batch_size, bar.update
+      )
+    result['fidelity'] = {'of': others.name, **compared._asdict()}
   if settings.save_statistics:
     target = pathlib.Path(settings.save_statistics)
     references.save(target, summary, net)
     _log.info('Wrote %s', target)
   return result
+
+
+def check_installation() -> None:
+  """Prints known answers beside what comes out here.
+
+  Raises:
+    ValueError: one of them is wrong; names all of these.
+  """
+  device = jax.devices()[0]
+  print(f'{len(jax.devices())} x {device.device_kind} ({device.platform})')
+  net = _digit_net()
+  reference = references.load(_embedded('mnist_reference.npz'), net)
+  wrong, count = [], 0
+  for check in itertools.chain(
+    selfcheck.checks(), selfcheck.digit_checks(net, reference)
+  ):
+    print(check.line())
+    count += 1
+    if not check.ok:
+      wrong.append(check.name)
+  if wrong:
+    raise ValueError(
+      f'{len(wrong)} of {count} checks went wrong ({"; ".join(wrong)}): '
+      'metrics from this installation are not to be trusted.'
+    )
+  print(f'All {count} checks are right.')
 
 
 def judges(
@@ -143,6 +238,10 @@ def _check(settings: ml_collections.ConfigDict) -> None:
     raise ValueError(
       f'evaluate.network is {settings.network!r}; expected one of '
       f'{list(_NETWORKS)}.'
+    )
+  if settings.bootstrap < 0 or settings.bootstrap == 1:
+    raise ValueError(
+      f'evaluate.bootstrap is {settings.bootstrap}; expected 0 or >= 2.'
     )
 
 
@@ -190,16 +289,55 @@ def measure(
 
 
 def table(result: Mapping[str, Any]) -> str:
-  """The metrics as text, always with the number of images."""
-  rows = [
-    ('samples', f'{result["num_samples"]} of {result["samples"]}'),
-    ('reference', f'{result["num_reference"]} of {result["reference"]}'),
-    ('features', result['network']),
-  ]
-  for key, (name, form) in _ROWS.items():
-    value = result[key]
-    rows.append((name, '-' if value is None else form.format(value)))
-  return '\n'.join(f'{name:<16} {value}' for name, value in rows)
+  """The metrics as text, always with the number of images.
+
+  Args:
+    result: as of `evaluate`; several sets become columns.
+  """
+  sets = result['sets'].values() if 'sets' in result else [result]
+  columns = [_column(one) for one in sets]
+  names = list(columns[0])  # All have the same rows.
+  cells = [[column[name] for column in columns] for name in names]
+  widths = [max(map(len, column.values())) for column in columns]
+  return '\n'.join(
+    ' '.join(
+      [
+        f'{name:<16}',
+        *(f'{c:<{w}}' for c, w in zip(row, widths, strict=True)),
+      ]
+    ).rstrip()
+    for name, row in zip(names, cells, strict=True)
+  )
+
+
+def _column(result: Mapping[str, Any]) -> dict[str, str]:
+  """Row -> what is written there, of one set."""
+  count, real = result['num_samples'], result['num_reference']
+  unknown = result['num_reference_statistics'] is None
+  hint = '' if count == _PUBLISHED else f' (papers use {_PUBLISHED})'
+  column = {
+    '': f'N = {count}{hint}',
+    'samples': f'{count} of {result["samples"]}',
+    'reference': f'{real} of {result["reference"]}'
+    + ('; its statistics do not say of how many' if unknown else ''),
+    'features': result['network'],
+    **_written(result, _ROWS),
+  }
+  if (interval := result['fid_bootstrap']) is not None:
+    column['FID'] += ' (95 %: {low:.3f} to {high:.3f})'.format(**interval)
+  if (compared := result['fidelity']) is not None:
+    column['compared with'] = compared['of']
+    column |= _written(compared, _FIDELITY_ROWS)
+  return column
+
+
+def _written(
+  values: Mapping[str, Any], rows: Mapping[str, tuple[str, str]]
+) -> dict[str, str]:
+  return {
+    name: '-' if values[key] is None else form.format(values[key])
+    for key, (name, form) in rows.items()
+  }
 
 
 def _network(
@@ -229,32 +367,9 @@ def _embedded(name: str) -> pathlib.Path:
   return pathlib.Path(str(folder)) / name
 
 
-def _image_set(
-  name: str, config: ml_collections.ConfigDict, paths: files.Workdir
-) -> image_sets.ImageSet:
-  """The set of images of that name; see the top of this file."""
-  if not name:
-    if not paths.samples.is_dir():
-      raise ValueError(
-        f'There are no samples in {paths.root}. Make them with --mode sample, '
-        'or give --config.evaluate.samples=<file>.npz.'
-      )
-    return image_sets.from_path(paths.samples)
-  match = _DATASET.fullmatch(name)
-  if match is None:
-    return image_sets.from_path(pathlib.Path(name))
-  if 'train' not in config:
-    raise ValueError(
-      f'{name} is read from train.data, which this config has not; '
-      'configs/mnist.py has it.'
-    )
-  mnist = data.load_mnist(config.train.data)._asdict()
-  part, count = match.groups()
-  chosen, labels = mnist[f'{part}_images'], mnist[f'{part}_labels']
-  if count is not None and not 0 < int(count) <= len(chosen):
-    raise ValueError(f'{name}: there are {len(chosen)} images.')
-  rows = slice(None if count is None else int(count))
-  return image_sets.from_arrays(name, chosen[rows], labels[rows])
+def _check_count(images_: image_sets.ImageSet) -> None:
+  if images_.shape[0] < 2:
+    raise ValueError(f'{images_.name} holds 1 image; at least 2 are needed.')
 
 
 def _check_images(
@@ -268,11 +383,14 @@ def _check_images(
 
 
 def _summarize(
-  samples: image_sets.ImageSet, net: features.FeatureNet, batch_size: int
+  samples: image_sets.ImageSet,
+  net: features.FeatureNet,
+  batch_size: int,
+  keep_exact: bool = False,
 ) -> features.Summary:
   with progress.progress('features', samples.shape[0], 'image') as bar:
     return features.summarize(
-      net, samples.batches(batch_size), batch_size, bar.update
+      net, samples.batches(batch_size), batch_size, bar.update, keep_exact
     )
 
 
@@ -306,7 +424,8 @@ def _reference(
     return references.load(pathlib.Path(name), net)
   if references.is_batch(pathlib.Path(name)):
     return _reference_batch(pathlib.Path(name), config, net)
-  images_ = _image_set(name, config, paths)
+  images_ = image_names.find(name, config, paths)
+  _check_count(images_)
   _check_images(images_, net)
   return _summarize(images_, net, config.evaluate.batch_size)
 
@@ -326,7 +445,9 @@ def _reference_batch(
   images_ = image_sets.from_path(path)
   _check_images(images_, net)
   summary = _summarize(images_, net, config.evaluate.batch_size)
-  return dataclasses.replace(summary, features=whole, spatial=spatial)
+  return dataclasses.replace(
+    summary, features=whole, spatial=spatial, counted=False
+  )
 
 
 def _through_first_stage(

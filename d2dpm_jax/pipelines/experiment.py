@@ -226,6 +226,8 @@ def _settings(bench: Bench, cell: Cell) -> dict[str, Any]:
       'network': bench.net.name,
       'network_digest': bench.net.digest,
       'reference': config.evaluate.reference,
+      'preprocess': config.evaluate.preprocess,
+      'image_size': config.evaluate.image_size,
       'num_reference': bench.reference.count,
       'neighbours': config.evaluate.neighbours,
       'split_size': config.evaluate.split_size,

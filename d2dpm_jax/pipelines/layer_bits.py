@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 
 from d2dpm_jax.pipelines import setup
-from d2dpm_jax.quantization import policy, transform
+from d2dpm_jax.quantization import policy, transform, units
 
 
 def layer_policy(
@@ -17,7 +17,24 @@ def layer_policy(
   """Bits of every layer of the U-Net, see `config.quant`, and the layers."""
   layers, quant = list_layers(model), model.config.quant
   table = policy.build_policy(layers, policy_rules(quant))
+  if not any(table.values()):
+    raise ValueError(
+      'No layer is quantized: quant.edge_layers and quant.float_layers leave '
+      'all of them in floating point.'
+    )
   return _widened(table, quant.latent_layers, quant.latent_range), layers
+
+
+def check_block_types(model: setup.Model) -> None:
+  """Raises ValueError for a name in quant.block_types that no module has."""
+  variables, *inputs = example_arguments(model)
+  kinds = units.module_kinds(model.ldm.unet.apply, variables, inputs)
+  known = kinds | set(units.BLOCK_TYPES)
+  unknown = sorted(set(model.config.quant.block_types) - known)
+  if unknown:
+    raise ValueError(
+      f'quant.block_types {unknown}: the network has {sorted(kinds)}.'
+    )
 
 
 def _widened(table: policy.Policy, pattern: str, reach: float) -> policy.Policy:
@@ -26,9 +43,14 @@ def _widened(table: policy.Policy, pattern: str, reach: float) -> policy.Policy:
   Raises:
     ValueError: there is no such layer, or `reach` is negative.
   """
-  if reach < 0:
+  if not 0 <= reach < float('inf'):
     raise ValueError(f'quant.latent_range is {reach}; expected >= 0.')
-  found = [path for path in table if re.fullmatch(pattern, path)]
+  try:
+    found = [path for path in table if re.fullmatch(pattern, path)]
+  except re.error as error:
+    raise ValueError(
+      f'quant.latent_layers {pattern!r} is no regex: {error}.'
+    ) from error
   if reach and not found:
     raise ValueError(f'quant.latent_layers {pattern!r} matches no layer.')
   wide = {

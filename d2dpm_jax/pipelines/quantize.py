@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import os
 import pathlib
-import zipfile
 from typing import Any
 
 import jax
@@ -65,7 +64,7 @@ def quantize(
   ):
 
     def on_unit_done(name: str, arrays: stored_units.Arrays) -> None:
-      with files.atomic_write(_unit_path(directory, name)) as file:
+      with files.checked_write(_unit_path(directory, name)) as file:
         np.savez(file, **arrays)
       facts = {k: arrays[f'report:{k}'].item() for k in reports.REPORT_FIELDS}
       write(names.index(name), {'unit': name, **facts})
@@ -195,19 +194,25 @@ def report(result: reconstruction.Result, paths: files.Workdir) -> None:
   plots.save(plots.units(result.reports, result.snr_db), paths.unit_plot)
   worse = [r.name for r in result.reports if not r.improved]
   if worse:
-    shown = ', '.join(worse[:5]) + (', ...' if len(worse) > 5 else '')
     _log.warning(
       'Learning did not improve %d unit(s) on nearest rounding or searched '
-      'ranges: %s',
+      'ranges: %s (all of them: %s)',
       len(worse),
-      shown,
+      ', '.join(worse[:5]),
+      paths.unit_summary,
     )
+  metrics.rewrite(paths.calibration, map(_row, result.reports))
   summary = {
     'snr_db': metrics.finite(result.snr_db),
     'not_improved': worse,
     'units': len(result.reports) // len(reconstruction.PHASES),
   }
   files.write_json(paths.unit_summary, summary)
+
+
+def _row(report: reports.UnitReport) -> dict[str, Any]:
+  facts = {name: getattr(report, name) for name in reports.REPORT_FIELDS}
+  return {'unit': report.name, **facts}
 
 
 def _unit_path(directory: pathlib.Path, name: str) -> pathlib.Path:
@@ -223,9 +228,9 @@ def _stored(
     path = _unit_path(directory, name)
     if not path.is_file():
       continue
-    try:
-      with np.load(path, allow_pickle=False) as file:
-        found[name] = dict(file.items())
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-      _log.warning('%s is damaged (%s); it is made again.', path, error)
+    if not files.is_intact(path):
+      _log.warning('%s is damaged; it is made again.', path)
+      continue
+    with np.load(path, allow_pickle=False) as file:
+      found[name] = dict(file.items())
   return found

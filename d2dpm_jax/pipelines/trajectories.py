@@ -159,7 +159,15 @@ def claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:
   if not marker.is_file():
     files.write_json(marker, settings)
     return
-  different = files.differences(files.read_json(marker), settings)
+  try:
+    saved = files.read_json(marker)
+  except ValueError:
+    saved = None
+  if not isinstance(saved, dict):
+    raise ValueError(
+      f'{marker} is damaged: delete {directory} and calibrate again.'
+    )
+  different = files.differences(saved, settings)
   if different:
     raise ValueError(
       f'{directory} was made with other settings ({"; ".join(different)}). '
@@ -196,26 +204,30 @@ def network_inputs(
   """
   steps = len(timesteps)
   rng = np.random.default_rng([seed, _KEY])
+  if distribution == 'uniform':
+    # Every step equally often, whatever the batches.
+    where = (rng.permutation(count) * steps) // count
+  elif distribution == 'normal':
+    drawn = rng.normal(0.4, 0.4, count) * steps
+    where = steps - 1 - np.clip(drawn, 0, steps - 1).astype(int)
+  else:
+    raise ValueError(
+      f'calibration.timesteps {distribution!r}: expected one of '
+      f'{list(DISTRIBUTIONS)}.'
+    )
   guided = model.num_classes and model.sampler.guidance_scale != 1
-  xs, ts, labels = [], [], []
+  null = rng.permutation(count) % 2 == 0 if guided else np.zeros(count, bool)
+  xs, labels = [], []
+  done = 0
   for batch in trajectories:
-    rows = len(batch.x)
-    if distribution == 'uniform':
-      where = (rng.permutation(rows) * steps) // rows
-    elif distribution == 'normal':
-      drawn = rng.normal(0.4, 0.4, rows) * steps
-      where = steps - 1 - np.clip(drawn, 0, steps - 1).astype(int)
-    else:
-      raise ValueError(
-        f'calibration.timesteps {distribution!r}: expected one of '
-        f'{list(DISTRIBUTIONS)}.'
-      )
-    xs.append(batch.x[np.arange(rows), where])
-    ts.append(timesteps[where])
-    null = rng.permutation(rows) % 2 == 0 if guided else np.zeros(rows, bool)
-    labels.append(np.where(null, model.num_classes, batch.labels))
+    rows = min(len(batch.x), count - done)
+    if rows <= 0:
+      break
+    xs.append(batch.x[np.arange(rows), where[done : done + rows]])
+    labels.append(batch.labels[:rows])
+    done += rows
   return (
-    np.concatenate(xs)[:count],
-    np.concatenate(ts)[:count].astype(np.int32),
-    np.concatenate(labels)[:count].astype(np.int32),
+    np.concatenate(xs),
+    timesteps[where].astype(np.int32),
+    np.where(null, model.num_classes, np.concatenate(labels)).astype(np.int32),
   )

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from d2dpm_jax.quantization import affine
 
@@ -120,6 +121,12 @@ class Settings:
     for name in ('warmup', 'drop_prob'):
       if not 0 <= getattr(self, name) < 1:
         raise ValueError(f'{name}={getattr(self, name)} is not in [0, 1).')
+    positive = ('lr', 'act_lr', 'p', 'act_p', 'beta_start', 'beta_end')
+    for name in (*positive, 'rounding_weight'):
+      value = getattr(self, name)
+      least = 0 if name == 'rounding_weight' else np.finfo(float).tiny
+      if not least <= value < np.inf:
+        raise ValueError(f'{name}={value} is not a positive number.')
     if not self.gamma < 0 < 1 < self.zeta:
       raise ValueError(
         f'gamma={self.gamma} and zeta={self.zeta} must enclose [0, 1].'

@@ -21,7 +21,7 @@ from d2dpm_jax.quantization.adaround import Settings
 from d2dpm_jax.quantization.affine import QParams
 from d2dpm_jax.quantization.policy import LayerBits
 
-_MOST_THREADS = 8
+_MOST_THREADS = 4  # For GPUs, each tries kernels out, which takes memory.
 
 # A jitted function and its arguments; arrays may be `jax.ShapeDtypeStruct`s.
 Program = tuple[Callable[..., Any], tuple[Any, ...]]

@@ -25,7 +25,7 @@ def squared_gradients(
   apply: Callable[..., Any],
   policy: Policy,
   block_types: Sequence[str],
-  unit: str,
+  index: int,
   variables: Any,
   quantized: Any,
   inputs: Any,
@@ -38,7 +38,7 @@ def squared_gradients(
     apply: plain (not jitted) Linen `apply`.
     policy: path -> bits, which says what units there are.
     block_types: class names of blocks.
-    unit: path of the unit.
+    index: of the unit in `units.list_units`.
     variables: of the network at full precision.
     quantized: the same, but for the kernels of the unit.
     inputs: of the network, B samples.
@@ -47,10 +47,6 @@ def squared_gradients(
     Shape of one sample of the unit's output -> float32[B, *shape].
   """
   table = tuple((p, bits) for p, bits in policy.items() if bits is not None)
-  listed = units.list_units(
-    apply, variables, policy, inputs, block_types=block_types
-  )
-  index = [found.path for found in listed].index(unit)
   grads = _gradients(
     apply,
     table,

@@ -70,7 +70,7 @@ def predict(
   )(variables, stacked).jaxpr
   chunk = min(settings.chunk, samples)
   batch = min(samples, max(settings.batch_size, settings.act_batch_size))
-  unit = work = 0
+  unit = work = network = 0
   for equation in trace.eqns:
     inside = equation.params.get('jaxpr')
     if inside is None:
@@ -78,16 +78,24 @@ def predict(
     size = functools.partial(_bytes, rows=2 * samples)
     data = sum(map(size, {*_variables(equation.invars), *equation.outvars}))
     every = sum(size(v) for e in inside.jaxpr.eqns for v in e.outvars)
+    network += every
     peak = _peak(inside.jaxpr, 2 * samples)
     # An iteration keeps what its gradient needs: at most everything, twice.
     in_work = max(peak * chunk, 2 * every * batch) // (2 * samples)
     unit, work = max(unit, data), max(work, in_work)
+  weights = sum(
+    int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize
+    for x in jax.tree.leaves(variables)
+  )
+  streams = _peak(trace, 2 * samples)
+  if settings.loss == 'fisher_diag':
+    # Gradients through two networks, and weights like a unit's output.
+    rows = min(settings.batch_size, samples)
+    work = max(work, 4 * network * rows // (2 * samples)) + unit
+    weights *= 2
   return Memory(
-    weights=sum(
-      int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize
-      for x in jax.tree.leaves(variables)
-    ),
-    streams=_peak(trace, 2 * samples),
+    weights=weights,
+    streams=streams,
     unit=unit,
     work=work,
   )

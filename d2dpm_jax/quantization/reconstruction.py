@@ -131,11 +131,12 @@ class _Norm(NamedTuple):
 
 @dataclasses.dataclass
 class _Reconstruction:
-  """A run of `reconstruct`; see its arguments."""
+  """A run of `reconstruct`; see its arguments. `paths` are those of units."""
 
   apply: Callable[..., Any]
   variables: Any
   inputs: list[Array]
+  paths: list[str]
   walker: units.Walker
   settings: Settings
   streams: units.Streams
@@ -323,6 +324,7 @@ class _Reconstruction:
     # Kernels that learn stay in floating point: soft rounding needs them.
     others = {p: w for p, w in nearest.items() if p not in learned}
     initial = {path: nearest[path].qparams for path in learned}
+    facts['learned'] = True
     alphas, facts['ms_per_iteration'] = self.learn(
       'weight',
       visit,
@@ -360,6 +362,7 @@ class _Reconstruction:
     initial = {p: q for p, q in grids.items() if visit.layers[p].reconstruct}
     if not s.act_iters or not initial:
       return weights, grids, facts
+    facts['learned'] = True
     scales, facts['ms_per_iteration'] = self.learn(
       'act',
       visit,
@@ -403,7 +406,7 @@ class _Reconstruction:
         self.apply,
         self.walker.policy,
         tuple(self.walker.block_types),
-        visit.unit.path,
+        self.paths.index(visit.unit.path),
         variables,
         quantized,
         rows,
@@ -488,8 +491,12 @@ class _Reconstruction:
       knobs=learning.knobs(s),
     )
 
+    # Devices simulated on a CPU share its threads: with many calls in flight
+    # some wait for each other until XLA gives up and aborts.
+    one_by_one = self.streams.on_cpu and self.streams.num_devices > 1
+
     def run(count, progress, begin):
-      return self.programs.call(
+      out = self.programs.call(
         learning.steps,
         phase,
         visit.call,
@@ -500,6 +507,7 @@ class _Reconstruction:
         begin,
         task,
       )
+      return jax.block_until_ready(out) if one_by_one else out
 
     marks: list[tuple[int, float]] = []
 
@@ -524,6 +532,7 @@ def _facts(before: float, signal: float) -> dict[str, Any]:
     loss_after=before,
     signal=signal,
     flipped=0.0,
+    learned=False,
     kept_initial=False,
   )
 
@@ -625,6 +634,7 @@ def reconstruct(
       apply,
       variables,
       stacked,
+      [unit.path for unit in found],
       walker,
       settings,
       streams,

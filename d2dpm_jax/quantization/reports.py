@@ -26,6 +26,7 @@ class UnitReport:
     loss_after: of what the unit ended with.
     signal: the same norm of the full-precision output, to compare with.
     flipped: share of the learned weights not rounded to nearest; 0 for 'act'.
+    learned: whether there was anything to learn, and any iterations.
     kept_initial: learning made it worse and was thrown away.
     seconds: time it took, waiting for programs included.
     ms_per_iteration: of learning, without the first iterations and with them
@@ -38,6 +39,7 @@ class UnitReport:
   loss_after: float
   signal: float
   flipped: float
+  learned: bool
   kept_initial: bool
   seconds: float
   ms_per_iteration: float = 0.0
@@ -50,7 +52,7 @@ class UnitReport:
   def improved(self) -> bool:
     """Learning lowered the loss, or there was nothing to learn or to lower."""
     return (
-      not self.unit.learned
+      not self.learned
       or self.loss_after < self.loss_before
       or (self.loss_before == 0)
     )
@@ -97,7 +99,7 @@ def format_reports(
 
 
 def _note(report: UnitReport) -> str:
-  if not report.unit.learned:
+  if not report.learned:
     return 'not learned'
   if report.kept_initial:
     return 'kept initial'
@@ -111,7 +113,7 @@ def _summary(reports: Sequence[UnitReport], snr_db: Mapping[str, float]) -> str:
     ratios = [
       r.loss_after / r.loss_before
       for r in reports
-      if r.phase == phase and r.unit.learned and r.loss_before > 0
+      if r.phase == phase and r.learned and r.loss_before > 0
     ]
     if ratios:
       mean = float(np.exp(np.mean(np.log(np.maximum(ratios, 1e-12)))))

@@ -208,6 +208,21 @@ def list_units(
   return tuple(found.values())
 
 
+def module_kinds(
+  apply: Callable[..., Any], variables: Any, args: Sequence[Any]
+) -> set[str]:
+  """Class names of all modules that a network runs; runs nothing."""
+  kinds: set[str] = set()
+
+  def interceptor(call, args, kwargs, context):
+    kinds.add(type(context.module).__name__)
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(interceptor):
+    jax.eval_shape(apply, variables, *args)
+  return kinds
+
+
 class Streams:
   """Keeps both streams and moves their rows to where units run.
 

@@ -168,13 +168,20 @@ def _umask() -> int:
 def claimed(directory: pathlib.Path) -> Iterator[None]:
   """Keeps a directory to this process; others are refused, none waits.
 
-  A process that is killed lets go. What it was writing is removed.
+  A process that is killed lets go. What it was writing, there or beside the
+  directory, is removed.
 
   Raises:
-    ValueError: another process has it.
+    ValueError: another process has it, or it cannot be written to.
   """
-  directory.mkdir(parents=True, exist_ok=True)
-  with open(directory / '.lock', 'w') as file:
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = open(directory / '.lock', 'w')
+  except PermissionError as error:
+    raise ValueError(
+      f'{directory} cannot be written to; choose another --workdir.'
+    ) from error
+  with lock as file:
     if fcntl is not None:
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -183,36 +190,55 @@ def claimed(directory: pathlib.Path) -> Iterator[None]:
           f'Another process writes into {directory}. Wait for it, or choose '
           'another --workdir.'
         ) from error
-    for path in directory.rglob(f'.*{_TEMPORARY}'):
+    pattern = f'.*{_TEMPORARY}'
+    for path in (*directory.rglob(pattern), *directory.parent.glob(pattern)):
       path.unlink(missing_ok=True)
     yield
 
 
-_CHECK = b'crc32'  # Before the checksum, behind the array.
+_CHECK = b'crc32'  # Before the checksum, behind everything else.
 
 
-def save_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
-  """Writes an .npy file with a checksum behind the array.
+@contextlib.contextmanager
+def checked_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+  """As `atomic_write`, with a checksum behind what is written.
 
-  `np.load` reads it as any other and does not look at the checksum;
-  `is_intact` does.
+  Readers of .npy and .npz do not look at it; `is_intact` does.
   """
-  array = np.ascontiguousarray(array)
-  with atomic_write(path) as file:
-    np.save(file, array)
-    file.write(_CHECK + zlib.crc32(array.data).to_bytes(4, 'big'))
+  with atomic_write(path, 'w+b') as file:
+    yield file
+    size = file.seek(0, os.SEEK_END)
+    checksum = _crc32(file, size)
+    file.seek(size)
+    file.write(_CHECK + checksum.to_bytes(4, 'big'))
 
 
 def is_intact(path: str | os.PathLike[str]) -> bool:
-  """Whether the array in a file is that which `save_array` put there."""
+  """Whether a file is as `checked_write` left it."""
   try:
-    array = np.load(path, mmap_mode='r', allow_pickle=False)
     with open(path, 'rb') as file:
-      file.seek(-len(_CHECK) - 4, os.SEEK_END)
-      stored = file.read()
-  except (OSError, ValueError, EOFError):
+      size = file.seek(0, os.SEEK_END) - len(_CHECK) - 4
+      if size < 0:
+        return False
+      checksum = _crc32(file, size)
+      return file.read() == _CHECK + checksum.to_bytes(4, 'big')
+  except OSError:
     return False
-  return stored == _CHECK + zlib.crc32(array.data).to_bytes(4, 'big')
+
+
+def _crc32(file: IO[bytes], size: int) -> int:
+  """Checksum of the first bytes of a file, which is left behind them."""
+  value = 0
+  file.seek(0)
+  while size > 0 and (block := file.read(min(size, 1 << 20))):
+    value, size = zlib.crc32(block, value), size - len(block)
+  return value
+
+
+def save_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
+  """Writes an .npy file with a checksum."""
+  with checked_write(path) as file:
+    np.save(file, np.ascontiguousarray(array))
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
@@ -235,6 +261,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     raise ValueError(f'{path} is not valid JSON ({error}).') from error
 
 
+def _short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 80 else f'{text[:77]}...'
+
+
 def differences(
   saved: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = ''
 ) -> list[str]:
@@ -245,5 +276,5 @@ def differences(
     if isinstance(a, Mapping) and isinstance(b, Mapping):
       lines += differences(a, b, f'{prefix}{key}.')
     elif json.dumps(a, default=list) != json.dumps(b, default=list):
-      lines.append(f'{prefix}{key}: saved {a!r}, now {b!r}')
+      lines.append(f'{prefix}{key}: saved {_short(a)}, now {_short(b)}')
   return lines

@@ -29,6 +29,7 @@ class Progress:
     self._note = note or self._note
     if self._bar is not None:
       self._bar.set_postfix_str(self._note, refresh=False)
+      self._bar.initial += n if reused else 0
       self._bar.update(n)
     elif time.perf_counter() - self._shown >= _LINE_EVERY_S:
       self._write_line()

@@ -293,9 +293,13 @@ def test_missing_and_damaged_units_are_made_again(
   flipped = bytearray((copy.trajectories / '000000.eps.npy').read_bytes())
   flipped[-4000] ^= 4
   (copy.trajectories / '000000.eps.npy').write_bytes(flipped)
+  lines = copy.calibration / 'metrics.jsonl'
+  lines.write_bytes(lines.read_bytes()[:50])
   with caplog.at_level(logging.WARNING, 'd2dpm_jax'):
     quantized = calibrate.calibrate(tiny.model, copy)
   _assert_same_calibration(copy, quantized, calibrated)
+  rows = [json.loads(line) for line in lines.read_text().splitlines()]
+  assert [row['step'] for row in rows] == list(range(len(_units(copy))))
   warnings = [r.getMessage() for r in caplog.records if 'damaged' in r.msg]
   assert len(warnings) == 3
   for name in (stored[1].name, stored[4].name, '000000.eps.npy'):
@@ -356,7 +360,9 @@ def test_units_leave_metrics_a_plot_and_a_summary(calibrated):
 
 def test_units_that_learning_did_not_improve_are_warned_of(caplog, tmp_path):
   unit = units.Unit('block', 'ResBlock', ('block/conv',), learned=True)
-  facts = dict(signal=1.0, flipped=0.0, kept_initial=True, seconds=1.0)
+  facts = dict(
+    signal=1.0, flipped=0.0, learned=True, kept_initial=True, seconds=1.0
+  )
   reports = [
     reconstruction.UnitReport(unit, 'weight', 0.5, 0.5, **facts),
     reconstruction.UnitReport(
@@ -521,6 +527,11 @@ def test_a_directory_of_other_settings_is_left_as_it_was(copy, tiny):
     ('quant__act_range', '', "''"),
     ('quant__edge_layers', 'time_embed_9', 'time_embed_9'),
     ('quant__latent_range', -1.0, 'latent_range'),
+    ('quant__latent_range', float('nan'), 'latent_range'),
+    ('quant__latent_layers', '(', "latent_layers '\\('"),
+    ('quant__block_types', ('ResBlok',), "'ResBlok'.*'ResBlock'"),
+    ('quant__reconstruction__lr', float('nan'), 'lr=nan'),
+    ('quant__reconstruction__act_p', 0.0, 'act_p=0.0'),
     ('quant__float_layers', '(', "'\\('"),
     ('quant__reconstruction__iters', -1, 'iters'),
     ('quant__reconstruction__batch_size', 0, 'batch_size'),

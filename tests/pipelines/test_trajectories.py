@@ -162,6 +162,14 @@ def test_uniform_inputs_see_every_step_equally_often(tiny):
   np.testing.assert_array_equal(counts, [6, 6, 6, 6])
 
 
+def test_uniform_inputs_do_not_depend_on_batches(tiny):
+  """More steps than a batch has images, and a batch of one."""
+  for sizes in ((24,), (1,) * 24, (3,) * 8, (30,)):
+    _, t, labels = _inputs(tiny, sizes, 24)
+    np.testing.assert_array_equal(np.unique(t, return_counts=True)[1], [6] * 4)
+    assert (labels == 4).sum() == 12
+
+
 def test_normal_inputs_gather_around_a_share_of_the_steps(tiny):
   """Clipped N(0.4, 0.4) * S from the clean end, against a large sample."""
   _, t, _ = _inputs(tiny, (4000,), 4000, distribution='normal')

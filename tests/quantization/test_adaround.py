@@ -143,7 +143,7 @@ class PyTorchTest(parameterized.TestCase):
     module = nn.Dense(features, use_bias=False)
     if layer == 'conv':
       module = nn.Conv(features, (3, 3), padding=1, use_bias=False)
-    _, reports = reconstruction.reconstruct(
+    _, reports, _ = reconstruction.reconstruct(
       module.apply,
       {'params': {'kernel': jnp.asarray(kernel)}},
       {'': policy.LayerBits(3, None)},
@@ -153,6 +153,7 @@ class PyTorchTest(parameterized.TestCase):
         per_channel=grain == 'channel',
         iters=int(golden['iters']),
         batch_size=int(golden['batch_size']),
+        devices=1,
       ),
     )
     before, after = golden[f'{layer}_loss_{grain}']

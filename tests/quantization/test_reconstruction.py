@@ -198,6 +198,7 @@ class ReconstructionTest(absltest.TestCase):
     for report in reports:
       self.assertEqual(report.loss_before, report.loss_after)
       self.assertEqual(report.flipped, 0)
+      self.assertTrue(report.improved and not report.learned)
 
   def test_learning_beats_nearest_rounding(self):
     state, reports, _, _ = _quick()
@@ -445,7 +446,7 @@ class ReconstructionTest(absltest.TestCase):
       net.apply,
       table,
       reconstruction.BLOCK_TYPES,
-      'block_0',
+      UNITS.index('block_0'),
       variables,
       quantized,
       inputs,
@@ -498,7 +499,7 @@ class ReconstructionTest(absltest.TestCase):
       net.apply,
       table,
       reconstruction.BLOCK_TYPES,
-      'block_0',
+      UNITS.index('block_0'),
       variables,
       quantized,
       inputs,

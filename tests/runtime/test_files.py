@@ -5,6 +5,7 @@ import os
 import pathlib
 import stat
 
+import numpy as np
 import pytest
 
 from d2dpm_jax.runtime import files
@@ -120,3 +121,30 @@ def test_every_path_is_below_the_root(tmp_path):
   assert len(set(found)) == len(found) >= 8
   assert all(p.is_relative_to(tmp_path) and p != tmp_path for p in found)
   assert all(isinstance(p, pathlib.Path) for p in found)
+
+
+@pytest.mark.parametrize('kind', ['npy', 'npz'])
+def test_any_changed_byte_is_noticed(tmp_path, kind):
+  """In the header too: readers raise all kinds of errors there, or none."""
+  path = tmp_path / f'x.{kind}'
+  x = np.arange(6, dtype=np.float32)
+  if kind == 'npy':
+    files.save_array(path, x)
+    found = np.load(path)
+  else:
+    with files.checked_write(path) as file:
+      np.savez(file, x=x)
+    with np.load(path) as stored:
+      found = stored['x']
+  np.testing.assert_array_equal(found, x)
+  assert files.is_intact(path)
+  whole = path.read_bytes()
+  for place in range(len(whole)):
+    changed = bytearray(whole)
+    changed[place] ^= 1 << (place % 8)
+    path.write_bytes(changed)
+    assert not files.is_intact(path), place
+  for size in (0, 5, len(whole) - 1):
+    path.write_bytes(whole[:size])
+    assert not files.is_intact(path)
+  assert not files.is_intact(tmp_path / 'missing')
