@@ -193,6 +193,9 @@ def _quant(weight_bits: int) -> ml_collections.ConfigDict:
   quant.edge_bits = 8  # weights and inputs of `edge_layers`
   quant.edge_layers = EDGE_LAYERS  # regex: first and last layers
   quant.float_layers = FLOAT_LAYERS  # regex: left in floating point
+  # What stays float in the quantized network (layers above, biases, norms) is
+  # rounded to this type, and stored in it: 'bfloat16' or 'float32'.
+  quant.float_dtype = 'bfloat16'
   quant.per_channel = True  # weight ranges per output channel or per tensor
   quant.weight_range = 'mse'  # 'mse' or 'max'
   quant.act_range = 'mse'  # 'mse' or 'max'
@@ -370,6 +373,7 @@ def _set_paper_quantization(
   config.quant.per_channel = False  # one range per weight tensor
   config.quant.latent_range = 0.0
   config.quant.float_layers = float_layers
+  config.quant.float_dtype = 'float32'
   config.quant.reconstruction.update(batch_size=8, act_batch_size=16)
 
 

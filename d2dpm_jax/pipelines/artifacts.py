@@ -22,7 +22,8 @@ from d2dpm_jax.runtime import files, weights
 
 _log = logging.getLogger(__name__)
 
-FORMAT = 2  # 1: a byte per code, and no other parameters.
+# 1: a byte per code, and no other parameters. 2: all of these in float32.
+FORMAT = 3
 # Fields of config.quant that decide what the quantized network is; the others
 # only say how it was found.
 _STRUCTURE = (
@@ -31,6 +32,7 @@ _STRUCTURE = (
   'edge_bits',
   'edge_layers',
   'float_layers',
+  'float_dtype',
   'per_channel',
 )
 
@@ -47,7 +49,8 @@ class Quantized:
     error_models: 'tensor' and 'channel' -> joint Gaussians of all steps.
     held_out: how corrections did on images that they were not fitted on, for
       the correction 'auto'.
-    prepared: what `executable` returns, if that is made already.
+    prepared: what `executable` returns, if that is made already; then the
+      parameters of `model` are what `network_params` returns.
   """
 
   model: setup.Model
@@ -62,6 +65,14 @@ class Quantized:
       return self.prepared
     execution = self.model.config.quant.execution
     return generation.executable(self.qstate, execution)
+
+  def network_params(self) -> Any:
+    """Parameters for that, see `generation.network_params`."""
+    if self.prepared is not None:
+      return self.model.params
+    return generation.network_params(
+      self.model.params, {**self.qstate}, self.model.config.quant.float_dtype
+    )
 
   def statistics(
     self, correction: str, channel_wise: bool
@@ -141,7 +152,11 @@ def _stored(quantized: Quantized) -> dict[str, Any]:
   """The tree in `quantized/`."""
   qstate = transform.pack_state(quantized.qstate)
   params = traverse_util.flatten_dict(
-    generation.without_kernels(quantized.model.params, {**qstate})
+    generation.network_params(
+      quantized.model.params,
+      {**qstate},
+      quantized.model.config.quant.float_dtype,
+    )
   )
   return {
     'layers': {
@@ -157,14 +172,15 @@ def _stored(quantized: Quantized) -> dict[str, Any]:
 
 def log_sizes(quantized: Quantized) -> None:
   """Says what the U-Net takes as it is stored, and while it runs."""
-  sizes = unet_bytes(quantized)
+  sizes, parts = unet_bytes(quantized), stored_parts(quantized)
   execution = quantized.model.config.quant.execution
   _log.info(
-    'U-Net: %.1f MB in float32; %.1f MB stored (%.3fx), %.1f MB on each device '
-    '(%.3fx, %s execution)',
+    'U-Net: %.1f MB in float32; %.1f MB stored (%.4fx: %s), %.1f MB on each '
+    'device (%.4fx, %s execution)',
     sizes['float32'] / 1e6,
     sizes['stored'] / 1e6,
     sizes['stored'] / sizes['float32'],
+    ', '.join(f'{k} {v / sizes["float32"]:.4f}' for k, v in parts.items()),
     sizes['device'] / 1e6,
     sizes['device'] / sizes['float32'],
     execution,
@@ -178,21 +194,44 @@ def unet_bytes(quantized: Quantized) -> dict[str, int]:
     'float32'; 'stored', in `quantized/` before compression; 'device', while it
     runs: simulated execution has dequantized kernels beside the codes.
   """
-  model = quantized.model
   stored = _stored(quantized)
-  execution = model.config.quant.execution
+  execution = quantized.model.config.quant.execution
   kernels = sum(
     4 * int(np.prod(packing.pack(layer['weight']).shape))
     for layer in quantized.qstate.values()
     if layer['weight'] is not None
   )
-  floats = cost.array_bytes(stored['params']['unet'])
-  device = floats + cost.array_bytes(quantized.executable())
+  floats = stored['params']['unet']
+  device = cost.array_bytes(floats) + cost.array_bytes(quantized.executable())
   return {
-    'float32': floats + kernels,
-    'stored': floats + cost.array_bytes(stored['layers']),
+    'float32': kernels + sum(4 * x.size for x in jax.tree.leaves(floats)),
+    'stored': sum(stored_parts(quantized).values()),
     'device': device + (kernels if execution == 'simulated' else 0),
   }
+
+
+def stored_parts(quantized: Quantized) -> dict[str, int]:
+  """Bytes of the U-Net in `quantized/`, by what they are.
+
+  Returns:
+    'codes', 'grids', 'kernels' (of layers in floating point), 'biases' and
+    'norms'.
+  """
+  stored = _stored(quantized)
+  parts = dict.fromkeys(('codes', 'grids', 'kernels', 'biases', 'norms'), 0)
+  for sides in stored['layers'].values():
+    parts['grids'] += cost.array_bytes(sides)
+    if 'weight' in sides:
+      codes = cost.array_bytes(sides['weight']['data'])
+      parts['codes'] += codes
+      parts['grids'] -= codes
+  params = traverse_util.flatten_dict(stored['params']['unet'])
+  for (*path, name), x in params.items():
+    kind = 'kernels'
+    if name != 'kernel':
+      kind = 'norms' if (*path, 'scale') in params else 'biases'
+    parts[kind] += x.nbytes
+  return parts
 
 
 def is_finished(paths: files.Workdir) -> bool:

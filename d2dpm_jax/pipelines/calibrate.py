@@ -112,6 +112,7 @@ def check(model: setup.Model) -> None:
       '> 0.'
     )
   generation.check_execution(config.quant.execution)
+  generation.float_type(config.quant.float_dtype)
   statistics.check(config)
   generation.rows_of(model.ldm, model.sampler)
   quantize.reconstruction_settings(config.quant)

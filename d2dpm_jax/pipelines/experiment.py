@@ -37,7 +37,7 @@ from d2dpm_jax.pipelines import (
   trajectories,
 )
 from d2dpm_jax.pipelines.experiment_grid import Cell, Grid
-from d2dpm_jax.quantization import transform
+from d2dpm_jax.quantization import integer, transform
 from d2dpm_jax.reporting import plots, tables
 from d2dpm_jax.runtime import devices, files, progress
 
@@ -358,8 +358,7 @@ def _executable(quantized: artifacts.Quantized) -> artifacts.Quantized:
   if model.config.quant.execution == 'simulated':
     return _with_float_weights(quantized)
   prepared = quantized.executable()
-  params = generation.without_kernels(model.params, prepared)
-  model = dataclasses.replace(model, params=params)
+  model = dataclasses.replace(model, params=quantized.network_params())
   return dataclasses.replace(
     quantized, model=model, qstate={}, prepared=prepared
   )
@@ -371,16 +370,18 @@ def _with_float_weights(quantized: artifacts.Quantized) -> artifacts.Quantized:
   Then weights of all widths are arrays of one kind, for one program.
   """
   model = quantized.model
+  params = quantized.network_params()
   variables = transform.dequantize_variables(
-    {'params': model.params['unet']}, quantized.qstate
+    {'params': params['unet']}, quantized.qstate
   )
-  params = {**model.params, 'unet': variables['params']}
-  qstate = {
+  params = {**params, 'unet': variables['params']}
+  prepared: integer.IntegerState = {
     path: transform.LayerState(weight=None, act=layer['act'])
     for path, layer in quantized.qstate.items()
   }
+  model = dataclasses.replace(model, params=params)
   return dataclasses.replace(
-    quantized, model=dataclasses.replace(model, params=params), qstate=qstate
+    quantized, model=model, qstate={}, prepared=prepared
   )
 
 

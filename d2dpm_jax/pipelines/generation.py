@@ -25,6 +25,7 @@ from d2dpm_jax.runtime import devices, images
 Array = jax.Array
 
 EXECUTIONS = ('simulated', 'integer')  # Of quantized layers.
+FLOAT_DTYPES = ('float32', 'bfloat16')  # Of what is not quantized.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +77,43 @@ def executable(
   return integer.prepare(qstate) if execution == 'integer' else {**qstate}
 
 
-def without_kernels(params: Any, qstate: integer.IntegerState) -> Any:
-  """Parameters without the U-Net's kernels that `qstate` holds as codes."""
+def float_type(name: str) -> np.dtype:
+  """Type of the numbers that stay float in a quantized network.
+
+  Raises:
+    ValueError: an unknown `quant.float_dtype`.
+  """
+  if name not in FLOAT_DTYPES:
+    raise ValueError(
+      f'quant.float_dtype {name!r}: expected one of {list(FLOAT_DTYPES)}.'
+    )
+  return jnp.dtype(name)
+
+
+def network_params(
+  params: Any, qstate: integer.IntegerState, float_dtype: str
+) -> Any:
+  """Parameters for the quantized network.
+
+  Args:
+    params: of the LatentDiffusion.
+    qstate: of `executable`; {} is the full-precision network.
+    float_dtype: `config.quant.float_dtype`.
+
+  Returns:
+    `params` without the U-Net's kernels that `qstate` holds as codes; what is
+    left of the U-Net is rounded to `float_dtype`.
+  """
+  if not qstate:
+    return params
   variables = integer.without_kernels({'params': params['unet']}, qstate)
-  return {**params, 'unet': variables['params']}
+  dtype = float_type(float_dtype)
+  unet = jax.tree.map(
+    # Empty ones stand for dequantized kernels, which are float32.
+    lambda x: x.astype(dtype) if x.size else x,
+    variables['params'],
+  )
+  return {**params, 'unet': unet}
 
 
 def rows_of(ldm: LatentDiffusion, settings: SamplerSettings) -> ddim.Rows:
@@ -122,7 +156,7 @@ def _eps_fn(
     for path, layer in inputs.qstate.items()
     if not isinstance(layer, integer.IntegerLayer)
   }
-  layers: integer.IntegerState = dict(inputs.qstate)
+  layers = integer.with_corrections(inputs.qstate)
   if simulated:
     # Weights are dequantized here, once, and not in every sampling step.
     variables = transform.dequantize_variables(variables, simulated)
@@ -278,11 +312,17 @@ def pair_program(
 
   Returns:
     (StepInputs, x float32[B,h,w,c], labels int32[B]) -> {'eps', 'eps_q'}, each
-    float32[B,h,w,c].
+    float32[B,h,w,c]. The parameters have one entry more, 'full': those of the
+    U-Net in full precision.
   """
 
   def microbatch_fn(step: StepInputs, x: Array, labels: Array):
-    networks = {'eps': step.inputs._replace(qstate={}), 'eps_q': step.inputs}
+    params = step.inputs.params
+    full = {**params, 'unet': params['full']}
+    networks = {
+      'eps': step.inputs._replace(params=full, qstate={}),
+      'eps_q': step.inputs,
+    }
     t = jnp.full(x.shape[:1], step.row.t, jnp.int32)
     return {
       name: _eps_fn(ldm, settings, inputs, labels)(x, t, None)

@@ -206,7 +206,7 @@ def batch_runner(
   )
   qstate = quantized.executable()
   inputs = generation.Inputs(
-    generation.without_kernels(model.params, qstate),
+    quantized.network_params(),
     qstate,
     rows,
     noise.seed_key(seed),

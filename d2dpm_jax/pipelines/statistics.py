@@ -191,7 +191,9 @@ def _fit_full_precision(
     model.ldm, model.sampler, config.sample.microbatch
   )
   state = generation.executable(qstate, config.quant.execution)
-  params = generation.without_kernels(model.params, state)
+  params = generation.network_params(
+    model.params, state, config.quant.float_dtype
+  )
   inputs = devices.replicate(
     generation.Inputs(params, state, None, noise.seed_key(config.seed))
   )
@@ -276,10 +278,12 @@ def _fit_quantized(
     config.sample.microbatch,
   )
   state = generation.executable(qstate, config.quant.execution)
+  params = generation.network_params(
+    model.params, state, config.quant.float_dtype
+  )
+  params = {**params, 'full': model.params['unet']}
   inputs = devices.replicate(
-    generation.Inputs(
-      model.params, state, None, trajectories.noise_key(config.seed)
-    )
+    generation.Inputs(params, state, None, trajectories.noise_key(config.seed))
   )
 
   def read(step: int, start: int, name: str) -> np.ndarray:

@@ -11,15 +11,17 @@ operands `a = q - ox` and `k = c - ow`, `A = ox - zx` and `B = ow - zw`:
   sum x w = sx sw (sum a k  +  B sum a  +  A sum (c - zw)),
 
 every sum going over the positions of the kernel that lie on the image, because
-padding is zeros, and they come after quantization. So a and k are padded with
-plain zeros, whatever the zero points, and
+padding is zeros, and they come after quantization. Where the
+zero of the input is one of its codes, images are padded with that code; then
+all positions count everywhere, and
 
   sum a k         is one convolution of int8;
   sum a           is a box sum of channel sums; left out where B is 0;
-  sum (c - zw)    depends on the position at the border only. Per kernel
-                  position it is summed beforehand, and the few distinct cases
-                  of top, middle, bottom, left, right are added up from that in
-                  the program, [H, W, O] without a batch; left out where A is 0.
+  sum (c - zw)    is a number per output channel; left out where A is 0.
+
+Where it is not, a and k are padded with plain zeros, and the last sum depends
+on the position at the border: the few distinct cases of top, middle, bottom,
+left, right are added up in the program, [H, W, O] without a batch.
 
 Offsets are as near to the zero points as int8 operands allow: o = clip(z,
 2**b - 128, 128). With 8 bits o is 128. With fewer it is nearly always the zero
@@ -36,6 +38,7 @@ Docs: docs/integer.md.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,25 +61,29 @@ class IntegerLayer:
   """A layer ready to run on integers. Its bias stays with the variables.
 
   Attributes:
-    codes: uint8, packed codes of the kernel; see `packing.pack_codes`.
-    weight_offset: int32[] or int32[O], ow.
-    weight_shift: int32[] or int32[O], B; None if it is 0.
+    kernel: int8 with the shape of the kernel, k; of up to 4 bits uint8, packed
+      codes c, see `packing.pack_codes`.
+    offset: int16[] or int16[O], ow, if `kernel` is packed, else None.
+    shift: int16[] or int16[O], B; None if it is 0.
     act: grid of the input, per tensor.
-    act_offset: int32[], ox.
-    correction: int32[KH, KW, O] or int32[O], A sum (c - zw) over the input
-      channels; None if A is 0.
     scale: float32[O], sx sw.
+    correction: int32[KH, KW, O] or int32[O], A sum (c - zw) over the input
+      channels and, if `zero_code`, the positions; None if A is 0, or if it is
+      to be computed where it is needed, see `with_corrections`.
+    corrected: whether A is not 0.
+    zero_code: whether the zero of the input is one of its codes.
     bits: of the weights.
     inputs: I.
   """
 
-  codes: Array
-  weight_offset: Array
-  weight_shift: Array | None
+  kernel: Array
+  offset: Array | None
+  shift: Array | None
   act: affine.QParams
-  act_offset: Array
-  correction: Array | None
   scale: Array
+  correction: Array | None
+  corrected: bool = flax.struct.field(pytree_node=False)
+  zero_code: bool = flax.struct.field(pytree_node=False)
   bits: int = flax.struct.field(pytree_node=False)
   inputs: int = flax.struct.field(pytree_node=False)
 
@@ -95,7 +102,7 @@ def prepare(state: transform.QuantState) -> IntegerState:
   Returns:
     Of every layer an `IntegerLayer`, or its quantizers, weights packed, if one
     side is in floating point, the input has one grid per channel, zero points
-    are not whole, or sums could reach 2**31.
+    are not whole or not int16, or sums could reach 2**31.
   """
   result: IntegerState = {}
   for path, layer in state.items():
@@ -117,59 +124,101 @@ def _integer_layer(
   zeros = [np.asarray(q.zero_point, np.float64) for q in (weight, act)]
   if act.scale.ndim or any((z != np.round(z)).any() for z in zeros):
     return None
+  if any(np.abs(z).max() >= 2**15 for z in zeros):
+    return None
   zw, zx = zeros
   ow, ox = _offset(zw, weight.bits), _offset(zx, act.bits)
-  codes = np.asarray(weight.codes)
-  over_inputs = codes.sum(-2, dtype=np.int64) - codes.shape[-2] * zw.reshape(-1)
   shift_w, shift_x = ow - zw, ox - zx
-  correction = shift_x * over_inputs  # float64[.., O], whole numbers.
-  count = int(np.prod(codes.shape[:-1]))
-  bound = count * _INT8 * (_INT8 + np.abs(shift_w).max())
-  taps = tuple(range(correction.ndim - 1))
-  if bound + np.abs(correction).sum(taps).max() >= _INT32:
+  k = (np.asarray(weight.codes) - ow.astype(np.int16)).astype(np.int8)
+  count = int(np.prod(k.shape[:-1]))
+  largest = _INT8 + np.abs(shift_w).max()  # Of c - zw.
+  if count * largest * (_INT8 + np.abs(shift_x)) >= _INT32:
     return None
   steps = np.asarray(weight.scale, np.float32).reshape(-1)
   scale: Any = np.float32(act.scale) * steps
   if scale.size == 1:
-    scale = np.tile(scale, codes.shape[-1])  # XLA folds scalars badly on GPUs.
+    scale = np.tile(scale, k.shape[-1])  # XLA folds scalars badly on GPUs.
 
   def whole(value):
-    return value.astype(np.int32).reshape(-1 if value.ndim else ())
+    return value.astype(np.int16).reshape(-1 if value.ndim else ())
 
+  packed = weight.bits <= packing.HALF
   return IntegerLayer(
-    codes=weight.data,
-    weight_offset=whole(ow),
-    weight_shift=whole(shift_w) if shift_w.any() else None,
+    kernel=weight.data if packed else k,
+    offset=whole(ow) if packed else None,
+    shift=whole(shift_w) if shift_w.any() else None,
     act=act,
-    act_offset=whole(ox),
-    correction=correction.astype(np.int32) if shift_x.any() else None,
     scale=scale,
+    correction=None,
+    corrected=bool(shift_x.any()),
+    zero_code=bool(0 <= zx < 2**act.bits),
     bits=weight.bits,
     inputs=weight.inputs,
   )
 
 
-def _offset(zero_point: np.ndarray, bits: int) -> np.ndarray:
+def _offset(zero_point: Any, bits: int) -> Any:
   """The number nearest to a zero point for which codes minus it are int8."""
-  return np.clip(zero_point, 2.0**bits - _INT8, _INT8)
+  numpy = np if isinstance(zero_point, np.ndarray) else jnp
+  return numpy.clip(zero_point, 2.0**bits - _INT8, _INT8)
 
 
 def _to_int8(codes: Array, offset: Array) -> Array:
-  return (codes.astype(jnp.int32) - offset).astype(jnp.int8)
+  return (codes.astype(jnp.int16) - offset).astype(jnp.int8)
 
 
 def kernel_operand(layer: IntegerLayer) -> Array:
-  """int8 with the shape of the kernel: codes minus `weight_offset`."""
-  codes = packing.unpack_codes(layer.codes, layer.bits, layer.inputs)
-  return _to_int8(codes, layer.weight_offset)
+  """int8 with the shape of the kernel, k."""
+  if layer.offset is None:
+    return layer.kernel
+  codes = packing.unpack_codes(layer.kernel, layer.bits, layer.inputs)
+  return _to_int8(codes, layer.offset)
+
+
+def _act_offset(layer: IntegerLayer) -> Array:
+  """int16[], ox."""
+  offset = _offset(jnp.asarray(layer.act.zero_point), layer.act.bits)
+  return offset.astype(jnp.int16)
+
+
+def _act_shift(layer: IntegerLayer) -> Array:
+  """int32[], A."""
+  zero_point = jnp.asarray(layer.act.zero_point).astype(jnp.int32)
+  return _act_offset(layer).astype(jnp.int32) - zero_point
 
 
 def input_operand(layer: IntegerLayer, x: Array) -> Array:
-  """int8 with the shape of `x`: codes of the input minus `act_offset`.
+  """int8 with the shape of `x`, a.
 
   The codes are those of `affine.quantize`, bit for bit.
   """
-  return _to_int8(affine.quantize(x, layer.act).codes, layer.act_offset)
+  return _to_int8(affine.quantize(x, layer.act).codes, _act_offset(layer))
+
+
+def _correction(layer: IntegerLayer) -> Array:
+  """What `IntegerLayer.correction` is said to be; A must not be 0."""
+  if layer.correction is not None:
+    return layer.correction
+  k = kernel_operand(layer)
+  sums = jnp.sum(k, axis=-2, dtype=jnp.int32)
+  if layer.shift is not None:
+    sums += layer.inputs * layer.shift.astype(jnp.int32)
+  if layer.zero_code:
+    sums = jnp.sum(sums, axis=tuple(range(sums.ndim - 1)))
+  return _act_shift(layer) * sums
+
+
+def with_corrections(layers: IntegerState) -> IntegerState:
+  """Computes `IntegerLayer.correction`, once for many calls of a network.
+
+  Inside a program, so that the sums take no memory between its calls.
+  """
+  return {
+    path: dataclasses.replace(layer, correction=_correction(layer))
+    if isinstance(layer, IntegerLayer) and layer.corrected
+    else layer
+    for path, layer in layers.items()
+  }
 
 
 def _conv_result() -> Any:
@@ -178,9 +227,8 @@ def _conv_result() -> Any:
 
 
 def _corrected(products: Array, corrections: list[Array]) -> Array:
-  if not corrections:
-    return products
-  return products + sum(corrections[1:], corrections[0]).astype(products.dtype)
+  """int32 sum; `products` may be whole numbers in float32."""
+  return sum(corrections, products.astype(jnp.int32))
 
 
 def dense(layer: IntegerLayer, x: Array) -> Array:
@@ -210,11 +258,11 @@ def _matmul(layer: IntegerLayer, a: Array, k: Array) -> Array:
     preferred_element_type=jnp.int32,
   )
   corrections = []
-  if layer.weight_shift is not None:
+  if layer.shift is not None:
     sums = jnp.sum(a, axis=-1, keepdims=True, dtype=jnp.int32)
-    corrections.append(sums * layer.weight_shift)
-  if layer.correction is not None:
-    corrections.append(layer.correction.reshape(-1))
+    corrections.append(sums * layer.shift.astype(jnp.int32))
+  if layer.corrected:
+    corrections.append(_correction(layer).reshape(-1))
   return _corrected(products, corrections)
 
 
@@ -233,7 +281,7 @@ def conv(
     padding: rows before and after, columns before and after; >= 0.
 
   Returns:
-    int32[B, H', W', O], exact; on GPUs float32, see the top of this file.
+    int32[B, H', W', O], exact; see the top of this file for GPUs.
 
   Raises:
     ValueError: `x` does not fit the kernel.
@@ -246,29 +294,37 @@ def conv(
   no_padding = not any(map(any, padding))
   if (height, width) == (1, 1) and no_padding and set(strides) == {1}:
     return _matmul(layer, a, k[0, 0])
+  size = (x.shape[1], x.shape[2])
+  pads = padding
+  if layer.zero_code and layer.corrected and not no_padding:
+    width_of = ((0, 0), *padding, (0, 0))
+    zero = (-_act_shift(layer)).astype(jnp.int8)
+    a = jax.lax.pad(a, zero, [(*ends, 0) for ends in width_of])
+    pads = ((0, 0), (0, 0))
   products = jax.lax.conv_general_dilated(
     a,
     k,
     strides,
-    padding,
+    pads,
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
     preferred_element_type=_conv_result(),
   )
   corrections = []
-  if layer.weight_shift is not None:
+  if layer.shift is not None:
     sums = jax.lax.reduce_window(
       jnp.sum(a, axis=-1, keepdims=True, dtype=jnp.int32),
       jnp.int32(0),
       jax.lax.add,
       (1, height, width, 1),
       (1, *strides, 1),
-      ((0, 0), *padding, (0, 0)),
+      ((0, 0), *pads, (0, 0)),
     )
-    corrections.append(sums * layer.weight_shift)
-  if layer.correction is not None:
-    corrections.append(
-      border_map(layer.correction, (x.shape[1], x.shape[2]), strides, padding)
-    )
+    corrections.append(sums * layer.shift.astype(jnp.int32))
+  if layer.corrected:
+    correction = _correction(layer)
+    if not layer.zero_code:
+      correction = border_map(correction, size, strides, padding)
+    corrections.append(correction)
   return _corrected(products, corrections)
 
 

@@ -19,7 +19,7 @@ from d2dpm_jax.quantization import affine
 
 Array = jax.Array
 
-_HALF = 4  # Bits of half a byte.
+HALF = 4  # Bits of half a byte.
 
 
 @flax.struct.dataclass
@@ -57,7 +57,7 @@ Weight = affine.QWeight | PackedWeight
 
 def _rows(inputs: int, bits: int) -> int:
   """Bytes along the axis of the input channels."""
-  return -(-inputs // 2) if bits <= _HALF else inputs
+  return -(-inputs // 2) if bits <= HALF else inputs
 
 
 def packed_bytes(shape: tuple[int, ...], bits: int) -> int:
@@ -85,14 +85,14 @@ def pack_codes(codes: Array, bits: int) -> Array:
     raise ValueError(
       f'Codes {codes.dtype}{list(codes.shape)}: expected uint8[.., I, O].'
     )
-  if bits > _HALF:
+  if bits > HALF:
     return codes
   numpy = np if isinstance(codes, np.ndarray) else jnp
   rows = _rows(codes.shape[-2], bits)
   low, high = codes[..., :rows, :], codes[..., rows:, :]
   missing = rows - high.shape[-2]
   high = numpy.pad(high, [*[(0, 0)] * (codes.ndim - 2), (0, missing), (0, 0)])
-  return low | (high << _HALF)
+  return low | (high << HALF)
 
 
 def unpack_codes(data: Array, bits: int, inputs: int) -> Array:
@@ -114,10 +114,10 @@ def unpack_codes(data: Array, bits: int, inputs: int) -> Array:
       f'Packed codes of shape {data.shape} do not hold {inputs} input channels '
       f'of {bits} bits.'
     )
-  if bits > _HALF:
+  if bits > HALF:
     return data
   numpy = np if isinstance(data, np.ndarray) else jnp
-  both = numpy.concatenate([data & (2**_HALF - 1), data >> _HALF], axis=-2)
+  both = numpy.concatenate([data & (2**HALF - 1), data >> HALF], axis=-2)
   return both[..., :inputs, :]
 
 

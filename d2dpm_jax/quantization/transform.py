@@ -282,6 +282,7 @@ _CLASSES: dict[str, tuple[type, ...]] = {
   'act': (affine.QParams,),
 }
 _STATIC = ('bits', 'inputs')
+_ZERO_POINT = 'zero_point'
 
 
 def pack_state(state: QuantState) -> QuantState:
@@ -300,7 +301,8 @@ def state_to_arrays(state: QuantState) -> dict[str, dict[str, dict[str, Any]]]:
 
   Returns:
     path -> 'weight' / 'act' -> fields of `affine.QParams`, `affine.QWeight` or
-    `packing.PackedWeight`; a side that is None is left out.
+    `packing.PackedWeight`; a side that is None is left out. Zero points are
+    int16 where that holds them.
   """
   result = {}
   for path, layer in state.items():
@@ -311,9 +313,16 @@ def state_to_arrays(state: QuantState) -> dict[str, dict[str, dict[str, Any]]]:
         fields = {f.name: getattr(value, f.name) for f in _fields(value)}
         for name in fields.keys() & set(_STATIC):
           fields[name] = np.asarray(fields[name], np.int32)
+        fields[_ZERO_POINT] = _narrow(fields[_ZERO_POINT])
         sides[side] = fields
     result[path] = sides
   return result
+
+
+def _narrow(zero_point: Any) -> Any:
+  """The same numbers as int16, or the array itself if that is too small."""
+  narrow = np.asarray(zero_point).astype(np.int16)
+  return narrow if (narrow == np.asarray(zero_point)).all() else zero_point
 
 
 def _fields(value: Any) -> tuple[dataclasses.Field, ...]:
@@ -323,7 +332,7 @@ def _fields(value: Any) -> tuple[dataclasses.Field, ...]:
 def state_from_arrays(
   arrays: Mapping[str, Mapping[str, Mapping[str, Any]]],
 ) -> QuantState:
-  """Inverse of `state_to_arrays`; arrays stay what they are.
+  """Inverse of `state_to_arrays`.
 
   Raises:
     ValueError: a side or a field is unknown or missing.
@@ -347,8 +356,13 @@ def _from_fields(
   names = {cls: {f.name for f in _fields(cls)} for cls in classes}
   for cls in classes:
     if set(value) == names[cls]:
-      static = {k: int(v) for k, v in value.items() if k in _STATIC}
-      affine.check_bits(static['bits'])
-      return cls(**{**value, **static})
+      changed: dict[str, Any] = {
+        k: int(v) for k, v in value.items() if k in _STATIC
+      }
+      affine.check_bits(changed['bits'])
+      zero_point = value[_ZERO_POINT]
+      if zero_point.dtype == np.int16:
+        changed[_ZERO_POINT] = zero_point.astype(np.float32)
+      return cls(**{**value, **changed})
   expected = ' or '.join(str(sorted(names[cls])) for cls in classes)
   raise ValueError(f'{where}: fields {sorted(value)}, expected {expected}.')

@@ -6,11 +6,12 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from helpers import assert_error_models_equal, assert_trees_equal, contents
 
 import d2dpm_jax as d2
 from d2dpm_jax import api
-from d2dpm_jax.pipelines import artifacts, experiment, generation, sample
+from d2dpm_jax.pipelines import artifacts, cost, experiment, generation, sample
 from d2dpm_jax.quantization import integer, packing
 from d2dpm_jax.runtime import files, weights
 
@@ -57,7 +58,8 @@ def test_every_layer_runs_on_integers(tiny, calibrated):
   for path, layer in layers.items():
     assert isinstance(layer, integer.IntegerLayer), path
     bits = calibrated.quantized.qstate[path]['weight'].bits
-    assert layer.codes.dtype == np.uint8 and layer.bits == bits
+    assert layer.kernel.dtype == (np.uint8 if bits <= 4 else np.int8)
+    assert layer.bits == bits
 
 
 def test_experiments_run_it_too(tiny, calibrated, sampled):
@@ -105,9 +107,7 @@ def test_alone_it_is_the_same(tiny, calibrated):
   assert_error_models_equal(found.error_models, want.error_models)
   assert found.model.identity() == want.model.identity()
   qstate = want.qstate
-  assert_trees_equal(
-    found.model.params, generation.without_kernels(want.model.params, qstate)
-  )
+  assert_trees_equal(found.model.params, want.network_params())
   for layer in qstate.values():
     assert isinstance(layer['weight'], packing.PackedWeight)
 
@@ -139,7 +139,7 @@ def test_parameters_that_are_missing_are_named(tiny, copy):
 def test_another_format_is_refused(tiny, copy):
   tree, meta = weights.load_tree(copy.quantized)
   weights.save_tree(copy.quantized, tree['layers'], {**meta, 'format': 1})
-  text = 'has format 1, but this version reads format 2: run --mode calibrate'
+  text = 'has format 1, but this version reads format 3: run --mode calibrate'
   with pytest.raises(ValueError, match=text):
     artifacts.load(tiny.model, copy)
   with pytest.raises(ValueError, match=text):
@@ -162,6 +162,8 @@ def test_sizes(tiny, calibrated, caplog):
   assert sizes['integer']['float32'] == sum(
     x.nbytes for x in jax.tree.leaves(unet)
   )
+  predicted = cost.measure(tiny.config())['settings']['W4A8']
+  assert predicted['unet_bytes'] == sizes['integer']['stored']
   tree, _ = weights.load_tree(calibrated.paths.quantized)
   stored = jax.tree.leaves([tree['layers'], tree['params']['unet']])
   codes = sum(s['weight']['data'].nbytes for s in tree['layers'].values())
@@ -169,7 +171,14 @@ def test_sizes(tiny, calibrated, caplog):
     assert size['stored'] == sum(x.nbytes for x in stored)
     assert size['stored'] < 0.25 * size['float32']
   device = sizes['integer']['device']
-  assert codes < device < 1.2 * sizes['integer']['stored']
+  assert codes < device <= sizes['integer']['stored']
+  parts = artifacts.stored_parts(calibrated.quantized)
+  assert parts['codes'] == codes
+  params = traverse_util.flatten_dict(tree['params']['unet'])
+  assert all(x.dtype == 'bfloat16' for x in params.values())
+  assert parts['kernels'] == sum(
+    x.nbytes for name, x in params.items() if name[-1] == 'kernel'
+  )
   assert sizes['simulated']['device'] > sizes['simulated']['float32']
   with caplog.at_level('INFO'):
     artifacts.log_sizes(_with(tiny, calibrated, 'integer'))

@@ -49,6 +49,7 @@ def toy(tiny, monkeypatch):
     )
 
   monkeypatch.setattr(generation, '_eps_fn', eps_fn)
+  monkeypatch.setattr(generation, 'network_params', lambda params, *_: params)
   monkeypatch.setattr(statistics, '_draw', lambda *_: None)  # Takes a while.
   ldm = tiny.model.ldm
   fields = {f.name: getattr(ldm, f.name) for f in dataclasses.fields(ldm)}

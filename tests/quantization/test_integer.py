@@ -1,5 +1,6 @@
 """Integer layers: equal to 64-bit integers, and to simulated quantization."""
 
+import functools
 import re
 
 import flax.linen as nn
@@ -140,8 +141,22 @@ def test_corrections_that_are_zero_are_left_out():
   ):
     layer, _ = _layer(rng, (3, 3, 4, 3), *bits, zeros)
     found = integer.prepare({'': layer})['']
-    assert (found.weight_shift is not None) == shift, bits
-    assert (found.correction is not None) == correction, bits
+    assert (found.shift is not None) == shift, bits
+    assert found.corrected == correction, bits
+
+
+@pytest.mark.parametrize('zeros', _ZEROS)
+def test_corrections_once_for_many_calls(zeros):
+  rng = np.random.default_rng(0)
+  layer, inputs = _layer(rng, (3, 3, 5, 4), 8, 8, zeros)
+  x = inputs(2, 5, 6, 5)
+  prepared = integer.prepare({'': layer})
+  ready = jax.jit(integer.with_corrections)(prepared)['']
+  # One number per channel where images can be padded with the code of zero.
+  assert ready.correction.shape == ((4,) if zeros == 'inside' else (3, 3, 4))
+  want = integer.conv(prepared[''], x, padding=_PADDINGS['same'])
+  found = integer.conv(ready, x, padding=_PADDINGS['same'])
+  np.testing.assert_array_equal(found, want)
 
 
 def test_convolutions_on_gpus(monkeypatch):
@@ -151,11 +166,12 @@ def test_convolutions_on_gpus(monkeypatch):
   x = inputs(2, 5, 6, 5)
   want = _reference(layer, x, (1, 1), _PADDINGS['same'])
   prepared = integer.prepare({'': layer})['']
-  for backend, dtype in ('gpu', jnp.float32), ('tpu', jnp.int32):
+  for backend, dtype in ('gpu', 'float32'), ('tpu', 'int32'):
     monkeypatch.setattr(jax, 'default_backend', lambda name=backend: name)
-    found = integer.conv(prepared, x, padding=_PADDINGS['same'])
-    assert found.dtype == dtype
-    np.testing.assert_array_equal(found, want)  # Below 2**24.
+    run = functools.partial(integer.conv, padding=_PADDINGS['same'])
+    text = str(jax.make_jaxpr(run)(prepared, x))
+    assert f'preferred_element_type={dtype}' in text
+    np.testing.assert_array_equal(run(prepared, x), want)  # Below 2**24.
 
 
 # ---- Layers of Flax.
