@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from d2dpm_jax.denoising import correction as corrections
 from d2dpm_jax.diffusion import ddim, noise, sampler, schedule
+from d2dpm_jax.models import folding
 from d2dpm_jax.models.latent_diffusion import LatentDiffusion
 from d2dpm_jax.quantization import integer, transform
 from d2dpm_jax.runtime import devices, images
@@ -148,8 +149,20 @@ def _eps_fn(
   settings: SamplerSettings,
   inputs: Inputs,
   labels: Array,
-) -> Callable[[Array, Array, Any], Array]:
-  """The guided network of one microbatch, quantized if there is a qstate."""
+  timesteps: Any,
+) -> tuple[sampler.EpsFn, Any]:
+  """The guided network of one microbatch, quantized if there is a qstate.
+
+  Args:
+    ldm: the architecture.
+    settings: whose guidance scale.
+    inputs: parameters and quantizers.
+    labels: int32[B].
+    timesteps: int[S], all that it will be called with.
+
+  Returns:
+    The `eps_fn` of `sampler.sample`, and the tables [S, ..] whose rows it gets.
+  """
   variables = {'params': inputs.params['unet']}
   simulated: transform.QuantState = {
     path: layer
@@ -164,20 +177,35 @@ def _eps_fn(
       path: transform.LayerState(weight=None, act=layer['act'])
       for path, layer in simulated.items()
     }
-  apply = integer.apply(ldm.unet.apply)
+  apply = functools.partial(integer.apply(ldm.unet.apply), variables, layers)
+  given = None
+  if ldm.cond_stage is not None:
+    null = jnp.full([1], ldm.null_label, jnp.int32)
+    given = ldm.context(inputs.params, jnp.append(labels, null))
+  constants = folding.compute(
+    apply, ldm.latent_shape, jnp.asarray(timesteps), given
+  )
 
-  def network(x, t, context, _):
-    return apply(variables, layers, x, t, context)
+  def network(x, t, by_image, by_step):
+    # What attends to it is folded, but the network wants to see a context.
+    context = None if given is None else jnp.zeros((len(x), *given.shape[1:]))
+    row = folding.Constants(by_step, by_image)
+    return folding.apply(apply, row, x, t, context)
 
-  if ldm.cond_stage is None:
-    return ddim.classifier_free(network, settings.guidance_scale)
-  null = jnp.full([1], ldm.null_label, jnp.int32)
-  return ddim.classifier_free(
+  if given is None:
+    return (
+      ddim.classifier_free(
+        lambda x, t, _, row: network(x, t, {}, row), settings.guidance_scale
+      ),
+      constants.by_step,
+    )
+  eps_fn = ddim.classifier_free(
     network,
     settings.guidance_scale,
-    ldm.context(inputs.params, labels),
-    ldm.context(inputs.params, null),
+    jax.tree.map(lambda a: a[:-1], constants.by_image),
+    jax.tree.map(lambda a: a[-1:], constants.by_image),
   )
+  return eps_fn, constants.by_step
 
 
 def _over_devices(
@@ -238,14 +266,16 @@ def sample_program(
       noise.noise_stream, inputs.key, index, ldm.latent_shape
     )
     draws = correction in corrections.DRAWS_NOISE
+    eps_fn, tables = _eps_fn(ldm, settings, inputs, labels, rows.t)
     latents = sampler.sample(
-      _eps_fn(ldm, settings, inputs, labels),
+      eps_fn,
       rows,
       noise.initial_noise(inputs.key, index, ldm.latent_shape),
       noise_fn=stream() if settings.eta else None,
       correct=correct,
       correction_rows=inputs.correction_rows,
       error_noise_fn=stream(noise.Stream.ERROR) if draws else None,
+      tables=tables,
     )
     decoded = ldm.decode(inputs.params, latents)
     return {'images': images.to_uint8(decoded), 'latents': latents}
@@ -268,11 +298,13 @@ def trajectory_program(
   def microbatch_fn(inputs: Inputs, index: Array, labels: Array):
     shape = ldm.latent_shape
     stream = noise.noise_stream(inputs.key, index, shape)
+    eps_fn, tables = _eps_fn(ldm, settings, inputs, labels, rows.t)
     _, seen = sampler.sample(
-      _eps_fn(ldm, settings, inputs, labels),
+      eps_fn,
       rows,
       noise.initial_noise(inputs.key, index, shape),
       noise_fn=stream if settings.eta else None,
+      tables=tables,
       collect=lambda step: {'x': step.x, 'eps': step.eps},
     )
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), seen)
@@ -292,13 +324,13 @@ def eps_program(
   rows = rows_of(ldm, settings)
 
   def microbatch_fn(inputs: Inputs, x: Array, labels: Array):
-    eps_fn = _eps_fn(ldm, settings, inputs, labels)
+    eps_fn, tables = _eps_fn(ldm, settings, inputs, labels, rows.t)
 
     def step(_, scanned):
-      x_t, t = scanned
-      return None, eps_fn(x_t, jnp.full(x_t.shape[:1], t, jnp.int32), None)
+      x_t, t, table = scanned
+      return None, eps_fn(x_t, jnp.full(x_t.shape[:1], t, jnp.int32), table)
 
-    _, eps = jax.lax.scan(step, None, (jnp.moveaxis(x, 1, 0), rows.t))
+    _, eps = jax.lax.scan(step, None, (jnp.moveaxis(x, 1, 0), rows.t, tables))
     return jnp.moveaxis(eps, 0, 1)
 
   return _over_devices(microbatch, microbatch_fn)
@@ -324,10 +356,11 @@ def pair_program(
       'eps_q': step.inputs,
     }
     t = jnp.full(x.shape[:1], step.row.t, jnp.int32)
-    return {
-      name: _eps_fn(ldm, settings, inputs, labels)(x, t, None)
-      for name, inputs in networks.items()
-    }
+    out = {}
+    for name, inputs in networks.items():
+      eps_fn, tables = _eps_fn(ldm, settings, inputs, labels, t[:1])
+      out[name] = eps_fn(x, t, jax.tree.map(lambda row: row[0], tables))
+    return out
 
   return _over_devices(microbatch, microbatch_fn)
 
