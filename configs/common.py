@@ -210,6 +210,10 @@ def _quant(weight_bits: int) -> ml_collections.ConfigDict:
   # but for float rounding. Integer execution becomes the default when its GPU
   # kernels are there.
   quant.execution = 'simulated'
+  # What integer layers multiply in: 'int8', 'bfloat16' for the same whole
+  # numbers where a table says that it is faster ('auto'), or as measured: a
+  # layers.json of --mode benchmark.
+  quant.kernels = 'auto'
 
   # Modules whose weights are reconstructed together (BRECQ's blocks); every
   # other quantized layer is reconstructed alone, with () all of them.
@@ -331,7 +335,15 @@ def _benchmark() -> ml_collections.ConfigDict:
   """What is measured."""
   benchmark = ml_collections.ConfigDict()
   # 'cost': size in MB and bit operations, from shapes alone (docs/cost.md).
+  # 'sampling': time and memory of `runs` at each of `batch_sizes`; 'layers':
+  # time of every kind of layer at the first of them (docs/performance.md).
   benchmark.what = 'cost'
+  # 'float32', 'bfloat16'; 'w8a8' computes in bfloat16 between layers that run
+  # on integers, 'w8a8-float32' in float32; 'w8a8-simulated' is what it says.
+  benchmark.runs = ('float32', 'bfloat16', 'w8a8', 'w4a8')
+  benchmark.batch_sizes = (16, 32, 64)  # images that a device has at once
+  benchmark.repeats = 5  # the tables give their median
+  benchmark.max_seconds = 480.0  # later no other run begins
   return benchmark
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import traverse_util
 
 from d2dpm_jax.denoising import gaussian, selection
-from d2dpm_jax.pipelines import generation, setup
+from d2dpm_jax.pipelines import generation, kernel_choice, setup
 from d2dpm_jax.quantization import cost, integer, packing, transform
 from d2dpm_jax.runtime import files, weights
 
@@ -64,7 +64,10 @@ class Quantized:
     if self.prepared is not None:
       return self.prepared
     execution = self.model.config.quant.execution
-    return generation.executable(self.qstate, execution)
+    chosen = (
+      kernel_choice.in_bfloat16(self.model) if execution == 'integer' else ()
+    )
+    return generation.executable(self.qstate, execution, chosen)
 
   def network_params(self) -> Any:
     """Parameters for that, see `generation.network_params`."""

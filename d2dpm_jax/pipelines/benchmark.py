@@ -4,13 +4,15 @@ from collections.abc import Callable
 
 import ml_collections
 
-from d2dpm_jax.pipelines import cost
+from d2dpm_jax.pipelines import cost, layer_speed, speed
 from d2dpm_jax.runtime import files
 
 REPORTS: dict[
   str, Callable[[ml_collections.ConfigDict, files.Workdir], None]
 ] = {
   'cost': cost.report,
+  'sampling': speed.report,
+  'layers': layer_speed.report,
 }
 
 

@@ -130,7 +130,8 @@ def settings(model: setup.Model) -> dict[str, Any]:
   groups = {name: setup.plain(model.config[name]) for name in names}
   for name in _PLACE:
     del groups['quant']['reconstruction'][name]
-  del groups['quant']['execution']  # The same numbers.
+  for name in ('execution', 'kernels'):  # The same numbers.
+    del groups['quant'][name]
   return {
     **artifacts.structure(model),
     **groups,

@@ -8,7 +8,7 @@ amplifies that bit; with a fixed microbatch an image is the same in any batch.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -63,19 +63,24 @@ def check_execution(execution: str) -> None:
 
 
 def executable(
-  qstate: transform.QuantState, execution: str
+  qstate: transform.QuantState,
+  execution: str,
+  in_bfloat16: Collection[str] = (),
 ) -> integer.IntegerState:
   """Quantizers as programs take them.
 
   Args:
     qstate: quantizers.
     execution: 'simulated' or 'integer', see `config.quant.execution`.
+    in_bfloat16: see `integer.prepare`.
 
   Raises:
     ValueError: an unknown `execution`.
   """
   check_execution(execution)
-  return integer.prepare(qstate) if execution == 'integer' else {**qstate}
+  if execution == 'integer':
+    return integer.prepare(qstate, in_bfloat16)
+  return {**qstate}
 
 
 def float_type(name: str) -> np.dtype:
@@ -208,41 +213,49 @@ def _eps_fn(
   return eps_fn, constants.by_step
 
 
-def _over_devices(
-  microbatch: int, fn: Callable[..., Any]
-) -> Callable[..., Any]:
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A function of a batch of any size, split over all devices.
+
+  Attributes:
+    jitted: (inputs, arrays [N * unit, ..]) -> results [N * unit, ..].
+    unit: images that run together, on all devices.
+  """
+
+  jitted: Any
+  unit: int
+
+  def __call__(self, inputs: Inputs | StepInputs, *arrays: np.ndarray) -> Any:
+    """Pads the batch to whole microbatches on every device, and trims."""
+    out = self.jitted(inputs, self.padded(arrays))
+    return jax.tree.map(lambda a: np.asarray(a)[: len(arrays[0])], out)
+
+  def padded(self, arrays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+    """Repeats the last rows until all microbatches are full."""
+    padding = -len(arrays[0]) % self.unit
+    return tuple(
+      np.concatenate([a, np.repeat(a[-1:], padding, 0)]) for a in arrays
+    )
+
+
+def _over_devices(microbatch: int, fn: Callable[..., Any]) -> Program:
   """jit of `fn(inputs, *arrays)` over microbatches, sharded over devices."""
 
-  def local(inputs, *arrays):
+  def local(inputs, arrays):
     parts = jax.tree.map(
       lambda a: a.reshape(-1, microbatch, *a.shape[1:]), arrays
     )
     out = jax.lax.map(lambda part: fn(inputs, *part), parts)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
-  @functools.partial(jax.jit, static_argnames='number')
-  def sharded(inputs, arrays, number):
+  @jax.jit
+  def sharded(inputs, arrays):
     split = P(devices.DATA_AXIS)
     return jax.shard_map(
-      local,
-      mesh=devices.mesh(),
-      in_specs=(P(), *[split] * number),
-      out_specs=split,
-    )(inputs, *arrays)
+      local, mesh=devices.mesh(), in_specs=(P(), split), out_specs=split
+    )(inputs, arrays)
 
-  unit = microbatch * devices.mesh().size
-
-  def run(inputs: Inputs | StepInputs, *arrays: np.ndarray) -> Any:
-    """Pads the batch to whole microbatches on every device, and trims."""
-    count = len(arrays[0])
-    padding = -count % unit
-    padded = tuple(
-      np.concatenate([a, np.repeat(a[-1:], padding, 0)]) for a in arrays
-    )
-    out = sharded(inputs, padded, len(padded))
-    return jax.tree.map(lambda a: np.asarray(a)[:count], out)
-
-  return run
+  return Program(sharded, microbatch * devices.mesh().size)
 
 
 @functools.lru_cache(maxsize=64)  # An experiment goes through many.
@@ -251,7 +264,7 @@ def sample_program(
   settings: SamplerSettings,
   correction: str,
   microbatch: int,
-) -> Callable[..., dict[str, np.ndarray]]:
+) -> Program:
   """Compiles noise -> images.
 
   Returns:
@@ -284,9 +297,21 @@ def sample_program(
 
 
 @functools.lru_cache(maxsize=8)
+def decode_program(ldm: LatentDiffusion, microbatch: int) -> Program:
+  """Compiles latents -> images, the end of `sample_program`.
+
+  Returns:
+    (Inputs, latents float32[B,h,w,c]) -> uint8[B,H,W,C].
+  """
+  return _over_devices(
+    microbatch, lambda inputs, z: images.to_uint8(ldm.decode(inputs.params, z))
+  )
+
+
+@functools.lru_cache(maxsize=8)
 def trajectory_program(
   ldm: LatentDiffusion, settings: SamplerSettings, microbatch: int
-) -> Callable[..., dict[str, np.ndarray]]:
+) -> Program:
   """Compiles noise -> every x_t and guided eps of the network on the way.
 
   Returns:
@@ -315,7 +340,7 @@ def trajectory_program(
 @functools.lru_cache(maxsize=8)
 def eps_program(
   ldm: LatentDiffusion, settings: SamplerSettings, microbatch: int
-) -> Callable[..., np.ndarray]:
+) -> Program:
   """Compiles given trajectories -> guided eps at each of their points.
 
   Returns:
@@ -339,7 +364,7 @@ def eps_program(
 @functools.lru_cache(maxsize=8)
 def pair_program(
   ldm: LatentDiffusion, settings: SamplerSettings, microbatch: int
-) -> Callable[..., dict[str, np.ndarray]]:
+) -> Program:
   """Compiles x_t -> guided eps of both networks at it, for any timestep.
 
   Returns:
@@ -371,7 +396,7 @@ def advance_program(
   settings: SamplerSettings,
   correction: str,
   microbatch: int,
-) -> Callable[..., np.ndarray]:
+) -> Program:
   """Compiles one step of the sampler from an eps_q that is there already.
 
   Returns:

@@ -39,7 +39,7 @@ Docs: docs/integer.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -74,6 +74,7 @@ class IntegerLayer:
     zero_code: whether the zero of the input is one of its codes.
     bits: of the weights.
     inputs: I.
+    in_bfloat16: multiply bfloat16 instead of int8, see `prepare`.
   """
 
   kernel: Array
@@ -86,6 +87,7 @@ class IntegerLayer:
   zero_code: bool = flax.struct.field(pytree_node=False)
   bits: int = flax.struct.field(pytree_node=False)
   inputs: int = flax.struct.field(pytree_node=False)
+  in_bfloat16: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 # Path -> layer; quantizers as in `transform` for layers that do not run on
@@ -93,11 +95,17 @@ class IntegerLayer:
 IntegerState = dict[str, IntegerLayer | transform.LayerState]
 
 
-def prepare(state: transform.QuantState) -> IntegerState:
+def prepare(
+  state: transform.QuantState, in_bfloat16: Collection[str] = ()
+) -> IntegerState:
   """Layers ready to run on integers, computed on the host.
 
   Args:
     state: quantizers; concrete arrays.
+    in_bfloat16: paths of layers to be run by kernels for bfloat16, where those
+      are faster. Whole numbers up to 256 are exact in it, and with zero points
+      among the codes `q - zx` and `c - zw` are such: the same sums, added up
+      in float32, without corrections. Other layers stay with int8.
 
   Returns:
     Of every layer an `IntegerLayer`, or its quantizers, weights packed, if one
@@ -113,6 +121,8 @@ def prepare(state: transform.QuantState) -> IntegerState:
     found = None
     if weight is not None and act is not None:
       found = _integer_layer(weight, jax.tree.map(np.asarray, act))
+    if found is not None and path in in_bfloat16:
+      found = dataclasses.replace(found, in_bfloat16=_fits_bfloat16(layer))
     result[path] = found or transform.LayerState(weight=weight, act=act)
   return result
 
@@ -157,6 +167,15 @@ def _integer_layer(
   )
 
 
+def _fits_bfloat16(layer: transform.LayerState) -> bool:
+  """Whether all differences of codes and zero points are 256 at most."""
+  return all(
+    0 <= np.min(q.zero_point) and np.max(q.zero_point) < 2**q.bits
+    for q in (layer['weight'], layer['act'])
+    if q is not None
+  )
+
+
 def _offset(zero_point: Any, bits: int) -> Any:
   """The number nearest to a zero point for which codes minus it are int8."""
   numpy = np if isinstance(zero_point, np.ndarray) else jnp
@@ -195,6 +214,16 @@ def input_operand(layer: IntegerLayer, x: Array) -> Array:
   return _to_int8(affine.quantize(x, layer.act).codes, _act_offset(layer))
 
 
+def bfloat16_operands(layer: IntegerLayer, x: Array) -> tuple[Array, Array]:
+  """q - zx and c - zw, bfloat16 with the shapes of `x` and the kernel."""
+  codes = affine.quantize(x, layer.act).codes.astype(jnp.float32)
+  k = kernel_operand(layer).astype(jnp.float32)
+  if layer.shift is not None:
+    k = k + layer.shift.astype(jnp.float32)
+  a = codes - layer.act.zero_point
+  return a.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
+
+
 def _correction(layer: IntegerLayer) -> Array:
   """What `IntegerLayer.correction` is said to be; A must not be 0."""
   if layer.correction is not None:
@@ -215,7 +244,9 @@ def with_corrections(layers: IntegerState) -> IntegerState:
   """
   return {
     path: dataclasses.replace(layer, correction=_correction(layer))
-    if isinstance(layer, IntegerLayer) and layer.corrected
+    if isinstance(layer, IntegerLayer)
+    and layer.corrected
+    and not layer.in_bfloat16
     else layer
     for path, layer in layers.items()
   }
@@ -226,24 +257,42 @@ def _conv_result() -> Any:
   return jnp.float32 if jax.default_backend() == 'gpu' else jnp.int32
 
 
+def _convolve(
+  a: Array, k: Array, strides: Any, padding: Any, result: Any
+) -> Array:
+  return jax.lax.conv_general_dilated(
+    a,
+    k,
+    strides,
+    padding,
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    preferred_element_type=result,
+  )
+
+
 def _corrected(products: Array, corrections: list[Array]) -> Array:
   """int32 sum; `products` may be whole numbers in float32."""
   return sum(corrections, products.astype(jnp.int32))
 
 
-def dense(layer: IntegerLayer, x: Array) -> Array:
+def dense(layer: IntegerLayer, x: Array, result: Any = jnp.float32) -> Array:
   """`sum (q - zx)(c - zw)` of a linear layer.
 
   Args:
     layer: with a kernel [I, O].
     x: float[.., I], its input in floating point.
+    result: what a layer that runs in bfloat16 returns.
 
   Returns:
-    int32[.., O], exact.
+    int32[.., O], exact; `result`, rounded to that, if the layer runs in
+    bfloat16.
 
   Raises:
     ValueError: `x` does not fit the kernel.
   """
+  if layer.in_bfloat16:
+    a, k = bfloat16_operands(layer, x)
+    return jnp.dot(a, k, preferred_element_type=result)
   return _matmul(layer, input_operand(layer, x), kernel_operand(layer))
 
 
@@ -271,6 +320,7 @@ def conv(
   x: Array,
   strides: tuple[int, int] = (1, 1),
   padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0)),
+  result: Any = jnp.float32,
 ) -> Array:
   """`sum (q - zx)(c - zw)` of a convolution, padding being exact zeros.
 
@@ -279,9 +329,11 @@ def conv(
     x: float[B, H, W, I], its input in floating point.
     strides: rows and columns between outputs.
     padding: rows before and after, columns before and after; >= 0.
+    result: as in `dense`.
 
   Returns:
-    int32[B, H', W', O], exact; see the top of this file for GPUs.
+    int32[B, H', W', O], exact; see the top of this file for GPUs. Or as
+    `dense` says.
 
   Raises:
     ValueError: `x` does not fit the kernel.
@@ -289,6 +341,8 @@ def conv(
   k = kernel_operand(layer)
   if x.ndim != 4 or x.shape[-1] != layer.inputs:
     raise ValueError(f'An input of shape {x.shape} and a kernel {k.shape}.')
+  if layer.in_bfloat16:
+    return _convolve(*bfloat16_operands(layer, x), strides, padding, result)
   a = input_operand(layer, x)
   height, width = k.shape[:2]
   no_padding = not any(map(any, padding))
@@ -301,14 +355,7 @@ def conv(
     zero = (-_act_shift(layer)).astype(jnp.int8)
     a = jax.lax.pad(a, zero, [(*ends, 0) for ends in width_of])
     pads = ((0, 0), (0, 0))
-  products = jax.lax.conv_general_dilated(
-    a,
-    k,
-    strides,
-    pads,
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    preferred_element_type=_conv_result(),
-  )
+  products = _convolve(a, k, strides, pads, _conv_result())
   corrections = []
   if layer.shift is not None:
     sums = jax.lax.reduce_window(
@@ -429,15 +476,15 @@ def run_layer(
       does not fit.
   """
   path = transform.path_of(module)
+  dtype = module.dtype or jnp.result_type(x.dtype, module.param_dtype)
   try:
     if isinstance(module, nn.Conv):
-      total = conv(layer, x, *_geometry(module, path, x.shape))
+      total = conv(layer, x, *_geometry(module, path, x.shape), dtype)
     else:
-      total = dense(layer, x)
+      total = dense(layer, x, dtype)
   except ValueError as error:
     raise ValueError(f'Layer {path!r} on integers: {error}') from error
   bias = module.variables.get('params', {}).get('bias')
-  dtype = module.dtype or jnp.result_type(x.dtype, module.param_dtype)
   return rescale(layer, total, bias, dtype)
 
 

@@ -115,6 +115,38 @@ def test_dense_equals_integers(bits, zeros, batch):
   np.testing.assert_array_equal(found, q @ c)
 
 
+@pytest.mark.parametrize('per_channel', [True, False])
+@pytest.mark.parametrize('bits', [(2, 8), (4, 8), (8, 8), (8, 4)])
+def test_whole_numbers_in_bfloat16_are_the_same_sums(bits, per_channel):
+  rng = np.random.default_rng(3)
+  layer, inputs = _layer(rng, (3, 3, 5, 4), *bits, 'inside', per_channel)
+  x = inputs(2, 5, 6, 5)
+  prepared = integer.prepare({'': layer}, [''])
+  assert prepared[''].in_bfloat16
+  ready = integer.with_corrections(prepared)['']
+  assert ready.correction is None
+  for strides in ((1, 1), (2, 2)):
+    want = _reference(layer, x, strides, _PADDINGS['same'])
+    found = integer.conv(ready, x, strides, _PADDINGS['same'])
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, want)
+  # Layers of a bfloat16 network have their sums written as such.
+  short = integer.conv(ready, x, strides, _PADDINGS['same'], jnp.bfloat16)
+  np.testing.assert_array_equal(short, jnp.asarray(want, jnp.bfloat16))
+  layer, inputs = _layer(rng, (7, 5), *bits, 'inside', per_channel)
+  x = inputs(2, 3, 7)
+  q, c = _whole(layer, x)
+  found = integer.dense(integer.prepare({'': layer}, [''])[''], x)
+  np.testing.assert_array_equal(found, q @ c)
+
+
+@pytest.mark.parametrize('zeros', ['below', 'above'])
+def test_zero_points_beyond_the_codes_stay_with_int8(zeros):
+  layer, _ = _layer(np.random.default_rng(0), (3, 3, 4, 3), 8, 8, zeros)
+  assert not integer.prepare({'': layer}, [''])[''].in_bfloat16
+  assert not integer.prepare({'': layer}, ['other'])[''].in_bfloat16
+
+
 def test_sums_that_float32_does_not_hold():
   """Above 2**24, which no rounding may hide; still below 2**31."""
   rng = np.random.default_rng(0)
