@@ -18,8 +18,12 @@ from d2dpm_jax.runtime import files
 # Faster is meant beyond what measuring again changes.
 _MARGIN = 1.03
 # Of cuDNN on one H100: 3x3 convolutions of int8 lose on many pixels with few
-# channels (docs/performance.md).
+# channels.
 _MANY_PIXELS, _FEW_CHANNELS = 64 * 64, 384
+# An int8 product hands over four bytes a number, to be read again, and one of
+# bfloat16 two. At 3 TB/s and 700 against 1400 TOP/s that is paid for only by
+# sums of more products than this (docs/performance.md).
+_FEW_PRODUCTS = 1024
 _ALIGNED = 4  # Channels; int8 kernels of GPUs come in words of four.
 
 
@@ -63,9 +67,10 @@ def _slow_in_int8(layer: transform.Layer) -> bool:
   *_, inputs, outputs = layer.kernel_shape
   if inputs % _ALIGNED or outputs % _ALIGNED:
     return True
+  if math.prod(layer.kernel_shape[:-1]) < _FEW_PRODUCTS:
+    return True
   return (
-    math.prod(layer.kernel_shape[:-2]) > 1
-    and math.prod(layer.output_shape[1:-1]) >= _MANY_PIXELS
+    math.prod(layer.output_shape[1:-1]) >= _MANY_PIXELS
     and inputs < _FEW_CHANNELS
   )
 

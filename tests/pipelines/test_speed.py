@@ -237,6 +237,8 @@ def test_the_table_is_for_gpus(monkeypatch):
   assert {'input_blocks_0_0', 'input_blocks_1_0/in_layers_2', 'out_2'} <= chosen
   assert 'input_blocks_4_0/out_layers_3' not in chosen  # 32 x 32.
   assert 'output_blocks_9_0/in_layers_2' not in chosen  # 576 channels.
-  assert not [path for path in chosen if 'transformer' in path]
+  block = 'input_blocks_4_1/transformer_blocks_0'  # Of 384 channels.
+  assert f'{block}/ff/net_0/proj' in chosen
+  assert f'{block}/ff/net_2' not in chosen  # Of 1536.
   config.quant.kernels = 'int8'
   assert not kernel_choice.in_bfloat16(setup.outline(config))
