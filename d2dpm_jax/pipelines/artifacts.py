@@ -63,11 +63,13 @@ class Quantized:
     """Quantized layers as programs take them, see `generation.executable`."""
     if self.prepared is not None:
       return self.prepared
-    execution = self.model.config.quant.execution
-    chosen = (
-      kernel_choice.in_bfloat16(self.model) if execution == 'integer' else ()
+    quant = self.model.config.quant
+    return generation.executable(
+      self.qstate,
+      quant.execution,
+      kernel_choice.in_bfloat16(self.model),
+      quant.unpack_first,
     )
-    return generation.executable(self.qstate, execution, chosen)
 
   def network_params(self) -> Any:
     """Parameters for that, see `generation.network_params`."""
@@ -195,21 +197,19 @@ def unet_bytes(quantized: Quantized) -> dict[str, int]:
 
   Returns:
     'float32'; 'stored', in `quantized/` before compression; 'device', while it
-    runs: simulated execution has dequantized kernels beside the codes.
+    runs: simulated execution has kernels in float32 there.
   """
   stored = _stored(quantized)
-  execution = quantized.model.config.quant.execution
   kernels = sum(
     4 * int(np.prod(packing.pack(layer['weight']).shape))
     for layer in quantized.qstate.values()
     if layer['weight'] is not None
   )
   floats = stored['params']['unet']
-  device = cost.array_bytes(floats) + cost.array_bytes(quantized.executable())
   return {
     'float32': kernels + sum(4 * x.size for x in jax.tree.leaves(floats)),
     'stored': sum(stored_parts(quantized).values()),
-    'device': device + (kernels if execution == 'simulated' else 0),
+    'device': cost.array_bytes((floats, quantized.executable())),
   }
 
 

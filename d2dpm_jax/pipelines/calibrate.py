@@ -130,7 +130,7 @@ def settings(model: setup.Model) -> dict[str, Any]:
   groups = {name: setup.plain(model.config[name]) for name in names}
   for name in _PLACE:
     del groups['quant']['reconstruction'][name]
-  for name in ('execution', 'kernels'):  # The same numbers.
+  for name in ('execution', 'kernels', 'unpack_first'):  # The same numbers.
     del groups['quant'][name]
   return {
     **artifacts.structure(model),

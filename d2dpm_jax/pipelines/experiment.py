@@ -37,7 +37,6 @@ from d2dpm_jax.pipelines import (
   trajectories,
 )
 from d2dpm_jax.pipelines.experiment_grid import Cell, Grid
-from d2dpm_jax.quantization import integer, transform
 from d2dpm_jax.reporting import plots, tables
 from d2dpm_jax.runtime import devices, files, progress
 
@@ -354,32 +353,9 @@ def _calibrated(
 
 def _executable(quantized: artifacts.Quantized) -> artifacts.Quantized:
   """The same network as programs take it; see `config.quant.execution`."""
-  model = quantized.model
-  if model.config.quant.execution == 'simulated':
-    return _with_float_weights(quantized)
   prepared = quantized.executable()
-  model = dataclasses.replace(model, params=quantized.network_params())
-  return dataclasses.replace(
-    quantized, model=model, qstate={}, prepared=prepared
-  )
-
-
-def _with_float_weights(quantized: artifacts.Quantized) -> artifacts.Quantized:
-  """The same network with weights as floats on their grids.
-
-  Then weights of all widths are arrays of one kind, for one program.
-  """
-  model = quantized.model
   params = quantized.network_params()
-  variables = transform.dequantize_variables(
-    {'params': params['unet']}, quantized.qstate
-  )
-  params = {**params, 'unet': variables['params']}
-  prepared: integer.IntegerState = {
-    path: transform.LayerState(weight=None, act=layer['act'])
-    for path, layer in quantized.qstate.items()
-  }
-  model = dataclasses.replace(model, params=params)
+  model = dataclasses.replace(quantized.model, params=params)
   return dataclasses.replace(
     quantized, model=model, qstate={}, prepared=prepared
   )

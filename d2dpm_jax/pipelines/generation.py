@@ -66,6 +66,7 @@ def executable(
   qstate: transform.QuantState,
   execution: str,
   in_bfloat16: Collection[str] = (),
+  unpack_first: bool | None = None,
 ) -> integer.IntegerState:
   """Quantizers as programs take them.
 
@@ -73,14 +74,17 @@ def executable(
     qstate: quantizers.
     execution: 'simulated' or 'integer', see `config.quant.execution`.
     in_bfloat16: see `integer.prepare`.
+    unpack_first: likewise; None does so on CPUs.
 
   Raises:
     ValueError: an unknown `execution`.
   """
   check_execution(execution)
-  if execution == 'integer':
-    return integer.prepare(qstate, in_bfloat16)
-  return {**qstate}
+  if execution == 'simulated':
+    return integer.simulate(qstate)
+  if unpack_first is None:
+    unpack_first = jax.default_backend() == 'cpu'
+  return integer.prepare(qstate, in_bfloat16, unpack_first)
 
 
 def float_type(name: str) -> np.dtype:
@@ -174,7 +178,7 @@ def _eps_fn(
     for path, layer in inputs.qstate.items()
     if not isinstance(layer, integer.IntegerLayer)
   }
-  layers = integer.with_corrections(inputs.qstate)
+  layers = integer.ready(inputs.qstate)
   if simulated:
     # Weights are dequantized here, once, and not in every sampling step.
     variables = transform.dequantize_variables(variables, simulated)

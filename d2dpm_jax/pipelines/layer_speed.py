@@ -141,7 +141,7 @@ def _time(
     return y + bias.astype(x.dtype)
 
   def on_integers(prepared, bias, x):
-    ready = integer.with_corrections({'': prepared})['']
+    ready = integer.ready({'': prepared})['']
     if layer.kind == 'conv':
       total = integer.conv(ready, x, *geometry, x.dtype)
     else:

@@ -62,19 +62,21 @@ class IntegerLayer:
 
   Attributes:
     kernel: int8 with the shape of the kernel, k; of up to 4 bits uint8, packed
-      codes c, see `packing.pack_codes`.
+      codes c, see `packing.pack_codes`; or the whole numbers c - zw in floating
+      point, which the layer then multiplies in.
     offset: int16[] or int16[O], ow, if `kernel` is packed, else None.
     shift: int16[] or int16[O], B; None if it is 0.
     act: grid of the input, per tensor.
     scale: float32[O], sx sw.
     correction: int32[KH, KW, O] or int32[O], A sum (c - zw) over the input
       channels and, if `zero_code`, the positions; None if A is 0, or if it is
-      to be computed where it is needed, see `with_corrections`.
+      to be computed where it is needed, see `ready`.
     corrected: whether A is not 0.
     zero_code: whether the zero of the input is one of its codes.
     bits: of the weights.
     inputs: I.
-    in_bfloat16: multiply bfloat16 instead of int8, see `prepare`.
+    in_bfloat16: see `prepare`.
+    unpack_first: see `prepare`.
   """
 
   kernel: Array
@@ -88,6 +90,12 @@ class IntegerLayer:
   bits: int = flax.struct.field(pytree_node=False)
   inputs: int = flax.struct.field(pytree_node=False)
   in_bfloat16: bool = flax.struct.field(pytree_node=False, default=False)
+  unpack_first: bool = flax.struct.field(pytree_node=False, default=False)
+
+  @property
+  def floats(self) -> bool:
+    """Whether `kernel` is in floating point."""
+    return jnp.issubdtype(self.kernel.dtype, jnp.floating)
 
 
 # Path -> layer; quantizers as in `transform` for layers that do not run on
@@ -96,7 +104,9 @@ IntegerState = dict[str, IntegerLayer | transform.LayerState]
 
 
 def prepare(
-  state: transform.QuantState, in_bfloat16: Collection[str] = ()
+  state: transform.QuantState,
+  in_bfloat16: Collection[str] = (),
+  unpack_first: bool = False,
 ) -> IntegerState:
   """Layers ready to run on integers, computed on the host.
 
@@ -106,6 +116,8 @@ def prepare(
       are faster. Whole numbers up to 256 are exact in it, and with zero points
       among the codes `q - zx` and `c - zw` are such: the same sums, added up
       in float32, without corrections. Other layers stay with int8.
+    unpack_first: unpack codes of up to 4 bits once per program, and not in
+      every call of the network; they take twice as much then.
 
   Returns:
     Of every layer an `IntegerLayer`, or its quantizers, weights packed, if one
@@ -121,10 +133,55 @@ def prepare(
     found = None
     if weight is not None and act is not None:
       found = _integer_layer(weight, jax.tree.map(np.asarray, act))
-    if found is not None and path in in_bfloat16:
-      found = dataclasses.replace(found, in_bfloat16=_fits_bfloat16(layer))
+    if found is not None:
+      found = dataclasses.replace(
+        found,
+        in_bfloat16=path in in_bfloat16 and _fits_bfloat16(layer),
+        unpack_first=unpack_first,
+      )
     result[path] = found or transform.LayerState(weight=weight, act=act)
   return result
+
+
+def simulate(state: transform.QuantState) -> IntegerState:
+  """The same layers with whole numbers in float32, for any device.
+
+  Sums are exact below 2**24, and then the layers return what those of `prepare`
+  do, to the last bit.
+
+  Args:
+    state: quantizers; concrete arrays.
+
+  Returns:
+    As `prepare`. Layers of all widths are of one structure.
+  """
+  return {
+    path: _in_floats(layer, np.float32)
+    if isinstance(layer, IntegerLayer)
+    else layer
+    for path, layer in prepare(state).items()
+  }
+
+
+def _in_floats(layer: IntegerLayer, dtype: Any) -> IntegerLayer:
+  """The layer with c - zw as its kernel."""
+  if layer.floats:
+    return layer
+  kernel = kernel_operand(layer).astype(np.float32)
+  if layer.shift is not None:
+    kernel = kernel + layer.shift
+  return IntegerLayer(
+    kernel=kernel.astype(dtype),
+    offset=None,
+    shift=None,
+    act=layer.act,
+    scale=layer.scale,
+    correction=None,
+    corrected=False,
+    zero_code=True,
+    bits=affine.MAX_BITS,
+    inputs=layer.inputs,
+  )
 
 
 def _integer_layer(
@@ -183,7 +240,7 @@ def _offset(zero_point: Any, bits: int) -> Any:
 
 
 def _to_int8(codes: Array, offset: Array) -> Array:
-  return (codes.astype(jnp.int16) - offset).astype(jnp.int8)
+  return (codes.astype(np.int16) - offset).astype(np.int8)
 
 
 def kernel_operand(layer: IntegerLayer) -> Array:
@@ -214,14 +271,10 @@ def input_operand(layer: IntegerLayer, x: Array) -> Array:
   return _to_int8(affine.quantize(x, layer.act).codes, _act_offset(layer))
 
 
-def bfloat16_operands(layer: IntegerLayer, x: Array) -> tuple[Array, Array]:
-  """q - zx and c - zw, bfloat16 with the shapes of `x` and the kernel."""
+def _float_operand(layer: IntegerLayer, x: Array) -> Array:
+  """q - zx in the type of the kernel."""
   codes = affine.quantize(x, layer.act).codes.astype(jnp.float32)
-  k = kernel_operand(layer).astype(jnp.float32)
-  if layer.shift is not None:
-    k = k + layer.shift.astype(jnp.float32)
-  a = codes - layer.act.zero_point
-  return a.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
+  return (codes - layer.act.zero_point).astype(layer.kernel.dtype)
 
 
 def _correction(layer: IntegerLayer) -> Array:
@@ -237,24 +290,37 @@ def _correction(layer: IntegerLayer) -> Array:
   return _act_shift(layer) * sums
 
 
-def with_corrections(layers: IntegerState) -> IntegerState:
-  """Computes `IntegerLayer.correction`, once for many calls of a network.
+def ready(layers: IntegerState) -> IntegerState:
+  """Computes what follows from codes, once for many calls of a network.
 
-  Inside a program, so that the sums take no memory between its calls.
+  These are `IntegerLayer.correction`, kernels in bfloat16 and, where that is
+  wanted, unpacked ones. Inside a program, so that they take no memory between
+  its calls.
   """
-  return {
-    path: dataclasses.replace(layer, correction=_correction(layer))
-    if isinstance(layer, IntegerLayer)
-    and layer.corrected
-    and not layer.in_bfloat16
-    else layer
-    for path, layer in layers.items()
-  }
+
+  def one(layer):
+    if not isinstance(layer, IntegerLayer) or layer.floats:
+      return layer
+    if layer.in_bfloat16:
+      return _in_floats(layer, jnp.bfloat16)
+    if layer.corrected:
+      layer = dataclasses.replace(layer, correction=_correction(layer))
+    if layer.unpack_first:
+      kernel = kernel_operand(layer)
+      layer = dataclasses.replace(layer, kernel=kernel, offset=None)
+    return layer
+
+  return {path: one(layer) for path, layer in layers.items()}
 
 
 def _conv_result() -> Any:
   """Type of a convolution of int8; see the top of this file."""
   return jnp.float32 if jax.default_backend() == 'gpu' else jnp.int32
+
+
+def _float_result(layer: IntegerLayer, result: Any) -> Any:
+  """Type of sums of floats; only bfloat16 may be asked for less."""
+  return result if layer.kernel.dtype == jnp.bfloat16 else jnp.float32
 
 
 def _convolve(
@@ -281,18 +347,23 @@ def dense(layer: IntegerLayer, x: Array, result: Any = jnp.float32) -> Array:
   Args:
     layer: with a kernel [I, O].
     x: float[.., I], its input in floating point.
-    result: what a layer that runs in bfloat16 returns.
+    result: type that layers with kernels in bfloat16 return.
 
   Returns:
-    int32[.., O], exact; `result`, rounded to that, if the layer runs in
-    bfloat16.
+    int32[.., O], exact; with kernels in floating point float32, exact below
+    2**24, or that rounded to `result`.
 
   Raises:
     ValueError: `x` does not fit the kernel.
   """
   if layer.in_bfloat16:
-    a, k = bfloat16_operands(layer, x)
-    return jnp.dot(a, k, preferred_element_type=result)
+    layer = _in_floats(layer, jnp.bfloat16)
+  if layer.floats:
+    return jnp.dot(
+      _float_operand(layer, x),
+      layer.kernel,
+      preferred_element_type=_float_result(layer, result),
+    )
   return _matmul(layer, input_operand(layer, x), kernel_operand(layer))
 
 
@@ -338,11 +409,14 @@ def conv(
   Raises:
     ValueError: `x` does not fit the kernel.
   """
-  k = kernel_operand(layer)
+  if layer.in_bfloat16:
+    layer = _in_floats(layer, jnp.bfloat16)
+  k = layer.kernel if layer.floats else kernel_operand(layer)
   if x.ndim != 4 or x.shape[-1] != layer.inputs:
     raise ValueError(f'An input of shape {x.shape} and a kernel {k.shape}.')
-  if layer.in_bfloat16:
-    return _convolve(*bfloat16_operands(layer, x), strides, padding, result)
+  if layer.floats:
+    a = _float_operand(layer, x)
+    return _convolve(a, k, strides, padding, _float_result(layer, result))
   a = input_operand(layer, x)
   height, width = k.shape[:2]
   no_padding = not any(map(any, padding))

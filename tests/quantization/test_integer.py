@@ -123,7 +123,7 @@ def test_whole_numbers_in_bfloat16_are_the_same_sums(bits, per_channel):
   x = inputs(2, 5, 6, 5)
   prepared = integer.prepare({'': layer}, [''])
   assert prepared[''].in_bfloat16
-  ready = integer.with_corrections(prepared)['']
+  ready = integer.ready(prepared)['']
   assert ready.correction is None
   for strides in ((1, 1), (2, 2)):
     want = _reference(layer, x, strides, _PADDINGS['same'])
@@ -145,6 +145,37 @@ def test_zero_points_beyond_the_codes_stay_with_int8(zeros):
   layer, _ = _layer(np.random.default_rng(0), (3, 3, 4, 3), 8, 8, zeros)
   assert not integer.prepare({'': layer}, [''])[''].in_bfloat16
   assert not integer.prepare({'': layer}, ['other'])[''].in_bfloat16
+
+
+@pytest.mark.parametrize('zeros', _ZEROS)
+@pytest.mark.parametrize('bits', [(3, 8), (8, 8)])
+def test_whole_numbers_in_float32_are_the_same_sums(bits, zeros):
+  rng = np.random.default_rng(4)
+  layer, inputs = _layer(rng, (3, 3, 5, 4), *bits, zeros)
+  x = inputs(2, 5, 6, 5)
+  simulated = integer.simulate({'': layer})['']
+  assert simulated.kernel.dtype == jnp.float32 and simulated.bits == 8
+  want = _reference(layer, x, (1, 1), _PADDINGS['same'])
+  found = integer.conv(simulated, x, padding=_PADDINGS['same'])
+  np.testing.assert_array_equal(found, want)
+  layer, inputs = _layer(rng, (7, 5), *bits, zeros)
+  x = inputs(2, 3, 7)
+  q, c = _whole(layer, x)
+  found = integer.dense(integer.simulate({'': layer})[''], x)
+  np.testing.assert_array_equal(found, q @ c)
+
+
+def test_unpacking_first():
+  rng = np.random.default_rng(5)
+  layer, inputs = _layer(rng, (3, 3, 5, 4), 4, 8)
+  x = inputs(2, 5, 6, 5)
+  prepared = integer.prepare({'': layer}, unpack_first=True)
+  assert prepared[''].kernel.shape == (3, 3, 3, 4)
+  ready = integer.ready(prepared)['']
+  assert ready.kernel.shape == (3, 3, 5, 4) and ready.kernel.dtype == jnp.int8
+  want = _reference(layer, x, (1, 1), _PADDINGS['same'])
+  found = integer.conv(ready, x, padding=_PADDINGS['same'])
+  np.testing.assert_array_equal(found, want)
 
 
 def test_sums_that_float32_does_not_hold():
@@ -183,7 +214,7 @@ def test_corrections_once_for_many_calls(zeros):
   layer, inputs = _layer(rng, (3, 3, 5, 4), 8, 8, zeros)
   x = inputs(2, 5, 6, 5)
   prepared = integer.prepare({'': layer})
-  ready = jax.jit(integer.with_corrections)(prepared)['']
+  ready = jax.jit(integer.ready)(prepared)['']
   # One number per channel where images can be padded with the code of zero.
   assert ready.correction.shape == ((4,) if zeros == 'inside' else (3, 3, 4))
   want = integer.conv(prepared[''], x, padding=_PADDINGS['same'])
@@ -442,7 +473,15 @@ def test_unets_equal_simulated_ones(name):
       'distances': distances,
     }
 
+  @jax.jit
+  def run_alone(slim, layers, args):
+    return integer.apply(net.apply)(slim, integer.ready(layers), *args)
+
   out = run(variables, slim, state, prepared, args)
+  # Whole numbers in float32, in a program of their own.
+  alone = run_alone(slim, prepared, args)
+  simulated = run_alone(slim, integer.simulate(state), args)
+  assert np.linalg.norm(alone - simulated) <= 1e-3 * np.linalg.norm(simulated)
   assert out['distances'].keys() == state.keys()
   for path, distance in out['distances'].items():
     assert distance <= 2e-6, path
