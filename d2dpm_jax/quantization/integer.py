@@ -415,8 +415,10 @@ def conv(
   if x.ndim != 4 or x.shape[-1] != layer.inputs:
     raise ValueError(f'An input of shape {x.shape} and a kernel {k.shape}.')
   if layer.floats:
-    a = _float_operand(layer, x)
-    return _convolve(a, k, strides, padding, _float_result(layer, result))
+    result = _float_result(layer, result)
+    # cuDNN has no convolutions from one floating-point type to another.
+    a, k = (v.astype(result) for v in (_float_operand(layer, x), k))
+    return _convolve(a, k, strides, padding, result)
   a = input_operand(layer, x)
   height, width = k.shape[:2]
   no_padding = not any(map(any, padding))
