@@ -30,6 +30,7 @@ _KERNELS = {
   'bfloat16_codes': 'bfloat16',  # The same sums by kernels for bfloat16.
 }
 _CALLS = 20  # In a row, for one time.
+_MUCH = 3  # Times as long: more than any kernel of the right kind takes.
 
 
 def report(config: ml_collections.ConfigDict, paths: files.Workdir) -> None:
@@ -42,6 +43,13 @@ def report(config: ml_collections.ConfigDict, paths: files.Workdir) -> None:
       print(_line(result['layers'][-1]), flush=True)
     files.write_json(target, result)
   print(group_table(result))
+  if jax.default_backend() == 'gpu' and (slow := much_slower(result)):
+    _log.warning(
+      'int8 takes more than %d times as long as bfloat16 for %s: XLA may have '
+      'chosen a slow path of cuDNN (docs/performance.md).',
+      _MUCH,
+      ', '.join(slow),
+    )
   _log.info('Wrote %s', target)
 
 
@@ -177,6 +185,16 @@ def _line(row: Mapping[str, Any]) -> str:
     for name, t in row['seconds'].items()
   )
   return f'{row["count"]} x {row["key"]} ms: {times}'
+
+
+def much_slower(result: Mapping[str, Any]) -> list[str]:
+  """Layers whose int8 kernel cannot be the right one."""
+  return [
+    row['example']
+    for row in result['layers']
+    if row['count']
+    and row['seconds']['int8'] > _MUCH * row['seconds']['bfloat16']
+  ]
 
 
 def group_table(result: Mapping[str, Any]) -> str:

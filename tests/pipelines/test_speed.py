@@ -187,6 +187,14 @@ def test_every_layer_is_in_a_row(tiny, layers_json):
       assert time > 0 and row['roofline_seconds'][kernel] > 0
 
 
+def test_slow_paths_are_told():
+  rows = [
+    {'example': str(i), 'count': count, 'seconds': {'int8': t, 'bfloat16': 1.0}}
+    for i, (count, t) in enumerate([(1, 3.5), (1, 2.5), (0, 9.0)])
+  ]
+  assert layer_speed.much_slower({'layers': rows}) == ['0']
+
+
 def test_rooflines(tiny):
   layers = {x.path: x for x in layer_bits.list_layers(tiny.model)}
   layer = layers['middle_block_0/in_layers_2']
