@@ -53,6 +53,7 @@ def toy(tiny, monkeypatch):
     return network, None
 
   monkeypatch.setattr(generation, '_eps_fn', eps_fn)
+  monkeypatch.setattr(generation, 'executable', lambda qstate, *_: qstate)
   monkeypatch.setattr(generation, 'network_params', lambda params, *_: params)
   monkeypatch.setattr(statistics, '_draw', lambda *_: None)  # Takes a while.
   ldm = tiny.model.ldm
