@@ -10,7 +10,7 @@ GOLDEN_SOURCES ?= golden-sources
 # One process a core, and no oversubscription inside each.
 TEST_WORKERS ?= 2
 
-.PHONY: demo golden test test-slow lint types format clean help
+.PHONY: demo golden test test-slow test-notebook lint types format clean help
 
 help:  ## Lists the targets.
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
@@ -35,6 +35,9 @@ test: $(VENV)/.dev  ## Runs the tests: 2 cores, under 10 minutes.
 
 test-slow: $(VENV)/.dev  ## Runs the tests that take minutes each.
 	$(RUN) -m pytest -m slow
+
+test-notebook: $(VENV)/.dev  ## Runs the notebook.
+	$(RUN) -m pytest -m slow tests/test_notebook.py
 
 golden:  ## Re-makes and compares reference arrays; tests/golden/README.md.
 	$(TORCH) tests/golden/remake.py $(GOLDEN_SOURCES)

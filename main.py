@@ -13,11 +13,14 @@ Modes:
   experiment all corrections, bits and samplers of config.experiment, in tables
 
 Any field of a config can be set: --config.quant.weight_bits=8
+A run that ends with exit code 75 was stopped by a signal: the same command
+goes on.
 """
 
 import difflib
 import importlib
 import logging
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -36,6 +39,8 @@ MODES = (
   'benchmark',
   'experiment',
 )
+# Modes that several processes can share.
+SHARED_MODES = ('calibrate', 'sample')
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'An experiment, such as configs/mnist.py.', lock_config=True
@@ -43,6 +48,18 @@ _CONFIG = config_flags.DEFINE_config_file(
 _MODE = flags.DEFINE_string('mode', None, f'One of {", ".join(MODES)}.')
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'All output goes below it. Default: out/<config name>.'
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator_address',
+  None,
+  'host:port of process 0, where several processes make one run; see '
+  'docs/scale.md. SLURM and TPU pods are noticed without it.',
+)
+_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'How many processes make this run.'
+)
+_PROCESS = flags.DEFINE_integer(
+  'process_id', None, 'Which of them this is, from 0 on.'
 )
 _DEBUG = flags.DEFINE_bool(
   'debug', False, 'Shows the traceback of an error, not only one line.'
@@ -57,7 +74,18 @@ def _pipeline(mode: str | None):
     close = difflib.get_close_matches(mode, MODES, 1)
     hint = f' Did you mean {close[0]!r}?' if close else ''
     raise ValueError(f'--mode {mode!r}: expected {", ".join(MODES)}.{hint}')
-  importlib.import_module('d2dpm_jax.runtime.devices').configure()
+  runtime = 'd2dpm_jax.runtime'
+  importlib.import_module(f'{runtime}.devices').configure()
+  processes = importlib.import_module(f'{runtime}.processes')
+  processes.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  if processes.count() > 1 and mode not in SHARED_MODES:
+    raise ValueError(
+      f'--mode {mode} is run by one process, and here are {processes.count()}; '
+      f'several take {" or ".join(SHARED_MODES)}.'
+    )
+  if not processes.is_first():
+    logging.getLogger('d2dpm_jax').setLevel(logging.WARNING)
+  importlib.import_module(f'{runtime}.interruption').install()
   return importlib.import_module(f'd2dpm_jax.pipelines.{mode}')
 
 
@@ -78,6 +106,8 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(f'--config {path}: there is no such file.')
   pipeline = _pipeline(_MODE.value)
   pipeline.run(_CONFIG.value, _WORKDIR.value or f'out/{path.stem}')
+  # Those who leave early would wait for the others for minutes only.
+  importlib.import_module('d2dpm_jax.runtime.processes').wait_for_all('end')
   progress = importlib.import_module('d2dpm_jax.runtime.progress')
   if peak := progress.peak_memory():
     logging.getLogger('d2dpm_jax').info('Peak memory: %.2f GB', peak / 1e9)
@@ -108,6 +138,17 @@ def _one_line(error: BaseException) -> str:
   return f'{type(error).__name__}: {text}'.removesuffix(': ')
 
 
+def _end(code: int, message: str) -> None:
+  """Says why, and ends this process, be others in the midst of work."""
+  print(message, file=sys.stderr, flush=True)
+  if processes := sys.modules.get('d2dpm_jax.runtime.processes'):
+    processes.leave(code)
+  if code == 1:
+    sys.exit(code)
+  sys.stdout.flush()
+  os._exit(code)  # Threads still compile or compute what nobody will have.
+
+
 if __name__ == '__main__':
   try:
     app.run(main, flags_parser=_parse_flags)
@@ -124,4 +165,12 @@ if __name__ == '__main__':
   ) as error:
     if '--debug' in sys.argv:
       raise
-    sys.exit(f'error: {_one_line(error)}')
+    _end(1, f'error: {_one_line(error)}')
+  except BaseException as error:
+    interruption = sys.modules.get('d2dpm_jax.runtime.interruption')
+    if not (interruption and isinstance(error, interruption.Interrupted)):
+      raise
+    _end(
+      interruption.EXIT_CODE,
+      f'{error}. What is finished is kept, and the same command goes on there.',
+    )

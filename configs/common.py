@@ -263,7 +263,9 @@ def _calibration() -> ml_collections.ConfigDict:
   calibration.num_samples = 1024
   calibration.timesteps = 'uniform'  # or 'normal' (PTQ4DM)
   calibration.balanced_labels = True  # over classes; False: at random
-  calibration.batch_size = 64  # trajectories at a time
+  # Trajectories at a time; a multiple of `sample.microbatch` times the devices
+  # of a process uses all of them.
+  calibration.batch_size = 64
   return calibration
 
 
@@ -283,12 +285,16 @@ def _sample() -> ml_collections.ConfigDict:
   """Of --mode sample; calibration takes `microbatch` and the correction."""
   sample = ml_collections.ConfigDict()
   sample.num_images = 64
-  sample.batch_size = 64  # images in flight per call, over all devices
+  # Images in flight per call, over all devices of a process; 0: from their free
+  # memory. Has no effect on images.
+  sample.batch_size = 0
   # Images a device computes together, whatever the batch size: rounding
   # decisions in a quantized network depend on the last bit of a sum, and so
-  # on the shape of the compiled program.
+  # on the shape of the compiled program. An accelerator wants 32 or more.
   sample.microbatch = 8
-  sample.correction = 'd-d2'  # none, s-d2, d-d2, mean-only, auto, ...
+  # none, s-d2, d-d2, ptqd, mean-only, variance-only; auto: what predicts the
+  # error best on held-out images, step by step (docs/results.md).
+  sample.correction = 'auto'
   sample.channel_wise = False  # statistics per latent channel or per tensor
   sample.absorb_variance = False  # s-d2 only; the official code leaves it off
   sample.quantized = True  # False: the full-precision network
@@ -335,16 +341,23 @@ def _evaluate() -> ml_collections.ConfigDict:
 def _benchmark() -> ml_collections.ConfigDict:
   """What is measured."""
   benchmark = ml_collections.ConfigDict()
-  # 'cost': size in MB and bit operations, from shapes alone (docs/cost.md).
+  # 'cost': size in MB and bit operations, from shapes alone (docs/cost.md);
   # 'sampling': time and memory of `runs` at each of `batch_sizes`; 'layers':
-  # time of every kind of layer at the first of them (docs/performance.md).
+  # time of every kind of layer at the first of them (docs/performance.md);
+  # 'corrections': what they add to a sampling step of a calibrated network;
+  # 'job': images per second of --mode sample from end to end (docs/scale.md);
+  # 'evaluation': how long --mode evaluate takes (docs/evaluate.md).
   benchmark.what = 'cost'
   # 'float32', 'bfloat16'; 'w8a8' computes in bfloat16 between layers that run
   # on integers, 'w8a8-float32' in float32; 'w8a8-simulated' is what it says.
   benchmark.runs = ('float32', 'bfloat16', 'w8a8', 'w4a8')
   benchmark.batch_sizes = (16, 32, 64)  # images that a device has at once
-  benchmark.repeats = 5  # the tables give their median
+  benchmark.repeats = 5  # of 'sampling' and 'corrections': medians are told
   benchmark.max_seconds = 480.0  # later no other run begins
+  benchmark.num_images = 2_000  # that 'job' samples
+  # Random images that 'evaluation' looks at, of the model's size.
+  benchmark.num_samples = 50_000
+  benchmark.num_reference = 10_000
   return benchmark
 
 
@@ -369,9 +382,10 @@ def _experiment(conditional: bool) -> ml_collections.ConfigDict:
         'auto',
       ),
       channel_wise=(False, True),  # statistics per tensor, per latent channel
-      # Words as in the argument of a config file. Quantizers learn on
-      # trajectories of the first one, error statistics are those of each.
+      # Words as in the argument of a config file. Error statistics are those
+      # of each one's own trajectories.
       samplers=samplers,
+      learn_on='',  # quantizers learn on that sampler's; '' is the first one
       seeds=(0, 1, 2),  # of the noise; tables give mean and spread over them
       num_images=5_000,  # per seed; label every FID with it
       batch_size=500,  # images in flight per call, over all devices
@@ -385,6 +399,7 @@ def _set_paper_quantization(
   """Quantizes as the paper's released scripts do; bits stay as they are."""
   config.quant.per_channel = False  # one range per weight tensor
   config.quant.latent_range = 0.0
+  config.sample.correction = 'd-d2'
   config.quant.float_layers = float_layers
   config.quant.float_dtype = 'float32'
   config.quant.reconstruction.update(batch_size=8, act_batch_size=16)

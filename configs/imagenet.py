@@ -85,5 +85,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
       cond_stage=dict(num_classes=1001, embed_dim=512),  # 1000: null class
     )
   )
+  config.sample.microbatch = 32  # These models want an accelerator.
   config.evaluate.network = 'inception'
   return config

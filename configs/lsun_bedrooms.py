@@ -65,5 +65,6 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
       cond_stage=None,
     )
   )
+  config.sample.microbatch = 32  # These models want an accelerator.
   config.evaluate.network = 'inception'
   return config

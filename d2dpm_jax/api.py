@@ -3,7 +3,7 @@
 import d2dpm_jax as d2
 model = d2.load('mnist')
 quantized = d2.calibrate(model, weight_bits=4, act_bits=8)
-images = d2.sample(quantized, labels=[3] * 8, correction='d-d2')
+images = d2.sample(quantized, labels=[3] * 8, correction='auto')
 """
 
 import contextlib
@@ -137,7 +137,7 @@ def load_quantized(
 def sample(
   model: Model | Quantized,
   labels: Sequence[int] | np.ndarray | None = None,
-  correction: str = 'd-d2',
+  correction: str = 'auto',
   *,
   channel_wise: bool = False,
   seed: int = 0,

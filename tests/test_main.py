@@ -184,7 +184,7 @@ def test_compare_draws_four_rows(finished, command):
   # Ten columns of 64 pixels, and names to the left and above.
   assert pixels.shape[0] >= 4 * 64 + 24 and pixels.shape[1] >= 10 * 64 + 60
   said = finished['said']['compare']
-  for name in ('full precision', 'W4A8', 'S-D2', 'D-D2'):
+  for name in ('full precision', 'W4A8', 'S-D2', 'D-D2', 'auto'):
     assert name in said
   assert said.count('dB PSNR') + said.count('equal') == 3
 

@@ -1,12 +1,13 @@
 """Corrections of a quantized noise estimate, all of one signature.
 
-    correct(eps_q, row, noise) -> (eps, residual_variance)
+    correct(eps_q, x, row, noise) -> (eps, residual_variance)
 
-`row` is one step of the table that `correction_rows` makes; `lax.scan` walks
-it. `residual_variance` is how much error, at best, is left in eps: the sampler
-takes its share out of the noise that it adds itself, and so ends up with the
-variance that the trajectory should have. It is the Python number 0 where
-nothing is to be absorbed, and then costs nothing.
+`x` is what the network answered to. `row` is one step of the table that
+`correction_rows` makes; `lax.scan` walks it. `residual_variance` is how much
+error, at best, is left in eps: the sampler takes its share out of the noise
+that it adds itself, and so ends up with the variance that the trajectory should
+have. It is the Python number 0 where nothing is to be absorbed, and then costs
+nothing.
 
 With mean and variance of the error d given eps_q (`gaussian.Conditional`),
 mu = gain * eps_q + bias and v:
@@ -18,12 +19,13 @@ mu = gain * eps_q + bias and v:
     ptqd           (eps_q - bias_c) / (1 + k); absorbs the residual's variance
     mean-only      d-d2 without absorption
     variance-only  d-d2 without its mean: eps_q; absorbs v
-    auto           d-d2 with the gain and bias that did best on held-out images
-                   (`selection.HeldOut`), none of them where none did well;
+    auto           subtracts what predicted d best on held-out images, step by
+                   step (`selection.HeldOut`): gain and bias as above or a
+                   linear map of eps_q and x, and nothing where none did well;
                    absorbs the variance that was left there
 
 Letters: `B` batch, `H W` space, `C` channels, `S` sampling steps; `G` is C, or
-1 for what all channels share.
+1 for what all channels share; `Z` is 2C, the channels of eps_q and those of x.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,30 +42,40 @@ Residual = jax.Array | float
 class CorrectionRow(NamedTuple):
   """eps = scale * eps_q - shift - noise_std * noise; None where not used.
 
-  As a table the leaves are float32[S, 1, 1, G], as one step's row [1, 1, G].
+  As a table the leaves are float32[S, 1, 1, G], as one step's row [1, 1, G]. In
+  place of a scale 'auto' has weights, float32[S, Z, C], with which (eps_q, x)
+  is subtracted, and its shift is float32[S, H, W, C].
   """
 
   scale: Any = None
   shift: Any = None
   noise_std: Any = None
   residual_variance: Any = None
+  weights: Any = None
 
 
 def none(
-  eps_q: jax.Array, row: CorrectionRow | None, noise: jax.Array | None
+  eps_q: jax.Array,
+  x: jax.Array,
+  row: CorrectionRow | None,
+  noise: jax.Array | None,
 ) -> tuple[jax.Array, Residual]:
   """The quantized network as it is."""
-  del row, noise
+  del x, row, noise
   return eps_q, 0.0
 
 
 def s_d2(
-  eps_q: jax.Array, row: CorrectionRow, noise: jax.Array | None
+  eps_q: jax.Array,
+  x: jax.Array,
+  row: CorrectionRow,
+  noise: jax.Array | None,
 ) -> tuple[jax.Array, Residual]:
   """Subtracts a sample of the error (S-D2, arXiv:2501.08180).
 
   Args:
     eps_q: float32[B, H, W, C], after guidance.
+    x: not used.
     row: of `correction_rows(model, 's-d2', ...)`.
     noise: float32[B, H, W, C], standard normal, of a stream of its own.
 
@@ -73,6 +85,7 @@ def s_d2(
   Raises:
     ValueError: there is no noise.
   """
+  del x
   if noise is None:
     raise ValueError('s-d2 draws a sample of the error: noise is missing.')
   eps = row.scale * eps_q - row.shift - row.noise_std * noise
@@ -81,47 +94,70 @@ def s_d2(
 
 
 def d_d2(
-  eps_q: jax.Array, row: CorrectionRow, noise: jax.Array | None
+  eps_q: jax.Array,
+  x: jax.Array,
+  row: CorrectionRow,
+  noise: jax.Array | None,
 ) -> tuple[jax.Array, Residual]:
   """Subtracts the error's mean, absorbs its variance (D-D2, same paper)."""
-  del noise
+  del x, noise
   return row.scale * eps_q - row.shift, row.residual_variance
 
 
 def ptqd(
-  eps_q: jax.Array, row: CorrectionRow, noise: jax.Array | None
+  eps_q: jax.Array,
+  x: jax.Array,
+  row: CorrectionRow,
+  noise: jax.Array | None,
 ) -> tuple[jax.Array, Residual]:
   """The baseline PTQD (arXiv:2305.10657, Sec. 3.2 and 3.3).
 
   It takes the error for d = k * eps + residual: the residual's mean per channel
   is subtracted, the rest divided by 1 + k.
   """
-  del noise
+  del x, noise
   return row.scale * eps_q - row.shift, row.residual_variance
 
 
 def mean_only(
-  eps_q: jax.Array, row: CorrectionRow, noise: jax.Array | None
+  eps_q: jax.Array,
+  x: jax.Array,
+  row: CorrectionRow,
+  noise: jax.Array | None,
 ) -> tuple[jax.Array, Residual]:
   """Ablation: D-D2's mean, with the sampler's noise left alone."""
-  del noise
+  del x, noise
   return row.scale * eps_q - row.shift, 0.0
 
 
 def variance_only(
-  eps_q: jax.Array, row: CorrectionRow, noise: jax.Array | None
+  eps_q: jax.Array,
+  x: jax.Array,
+  row: CorrectionRow,
+  noise: jax.Array | None,
 ) -> tuple[jax.Array, Residual]:
   """Ablation: D-D2's absorption, with eps_q left alone."""
-  del noise
+  del x, noise
   return eps_q, row.residual_variance
 
 
 def auto(
-  eps_q: jax.Array, row: CorrectionRow, noise: jax.Array | None
+  eps_q: jax.Array,
+  x: jax.Array,
+  row: CorrectionRow,
+  noise: jax.Array | None,
 ) -> tuple[jax.Array, Residual]:
   """Subtracts what was predicted best on held-out images, step by step."""
   del noise
-  return row.scale * eps_q - row.shift, row.residual_variance
+  predicted = row.shift
+  # A few products per element, fused with what is around them and in full
+  # precision: weights of eps_q and of x may be large and cancel.
+  channels = [
+    part[..., c : c + 1] for part in (eps_q, x) for c in range(x.shape[-1])
+  ]
+  for channel, weights in zip(channels, row.weights, strict=True):
+    predicted = predicted + weights * channel
+  return eps_q - predicted, row.residual_variance
 
 
 CORRECTIONS: dict[str, Callable[..., tuple[jax.Array, Residual]]] = {
@@ -163,16 +199,22 @@ def _ptqd_table(
   return 1 / (1 + k), bias / (1 + k), variance / (1 + k) ** 2
 
 
-def _auto_table(
-  held: selection.HeldOut,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Scale, shift and residual variance of the choices; float64[S, C]."""
-  chosen = held.choice()[:, None, None]
-  gain, bias, variance = (
-    np.take_along_axis(x, chosen, 1)[:, 0]
-    for x in (held.gain, held.bias, held.left_variance)
+def _auto_rows(held: selection.HeldOut, where: np.ndarray) -> CorrectionRow:
+  """Those of the choices at rows `where` of the table."""
+  chosen = held.choice()[where]
+  weights, bias, variance = (
+    x[where, chosen] for x in (held.weights, held.bias, held.left_variance)
   )
-  return 1 - gain, bias, variance
+  by_place = chosen == selection.CANDIDATES.index('linear+place')
+  place = held.place[where] * by_place[:, None, None, None]
+  return jax.tree.map(
+    np.float32,
+    CorrectionRow(
+      shift=place + bias[:, None, None],
+      residual_variance=variance[:, None, None],
+      weights=weights,
+    ),
+  )
 
 
 def check(kind: str, absorb: bool = False) -> None:
@@ -199,7 +241,7 @@ def correction_rows(
       out in TaylorJocelyn/D2-DPM, and so off by default.
 
   Returns:
-    CorrectionRow of float32[S, 1, 1, G], or None for 'none'.
+    CorrectionRow as a table, or None for 'none'.
 
   Raises:
     ValueError: the kind is unknown, `absorb` is set for another kind than
@@ -214,6 +256,8 @@ def correction_rows(
   if isinstance(error_model, selection.HeldOut) != (kind == 'auto'):
     raise ValueError(f'Correction {kind!r} cannot use the {error_model.NAME}.')
   where = error_model.rows_of(timesteps)
+  if isinstance(error_model, selection.HeldOut):
+    return _auto_rows(error_model, where)
 
   def table(x):
     x = x[where].reshape(len(where), 1, 1, -1)
@@ -224,8 +268,6 @@ def correction_rows(
       table(scale), table(shift), residual_variance=table(variance)
     )
 
-  if isinstance(error_model, selection.HeldOut):
-    return affine(*_auto_table(error_model))
   if kind == 'ptqd':
     return affine(*_ptqd_table(error_model))
   gain, bias, variance = error_model.conditional()

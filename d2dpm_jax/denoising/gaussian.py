@@ -23,8 +23,9 @@ from d2dpm_jax.denoising.table import Table
 
 RHO_MAX = 0.9999  # Bound of |rho|, as in TaylorJocelyn/D2-DPM.
 
-# Called once per pass: yields (eps_q, eps), each float[N, H, W, C].
-Pairs = Callable[[], Iterable[tuple[Any, Any]]]
+# Called once per pass: yields (eps_q, eps), each float[N, H, W, C]; what else
+# there may be, is for others.
+Pairs = Callable[[], Iterable[tuple[Any, ...]]]
 
 
 class Moments(NamedTuple):
@@ -111,7 +112,7 @@ def elements(pairs: Pairs) -> Iterable[tuple[np.ndarray, np.ndarray]]:
     ValueError: shapes differ, or a value is not finite.
   """
   channels = None
-  for eps_q, eps in pairs():
+  for eps_q, eps, *_ in pairs():
     q, e = np.asarray(eps_q, np.float64), np.asarray(eps, np.float64)
     if q.shape != e.shape or q.ndim != 4:
       raise ValueError(
@@ -311,6 +312,12 @@ class ErrorModel(Table):
     return conditional(self)
 
 
+def fit_of(model: ErrorModel, timestep: int) -> Fit:
+  """The statistics of one timestep again."""
+  (row,) = model.rows_of([timestep])
+  return Fit(*(getattr(model, name)[row] for name in Fit._fields))
+
+
 def stack(
   timesteps: Sequence[int],
   fits: Sequence[Fit],
@@ -356,7 +363,7 @@ def over_timesteps(
 
 def fit(
   timesteps: Sequence[int],
-  pairs: Callable[[int], Iterable[tuple[Any, Any]]],
+  pairs: Callable[[int], Iterable[tuple[Any, ...]]],
   channel_wise: bool = False,
   outlier_std: float = 4.0,
   settings: Mapping[str, Any] | None = None,

@@ -1,23 +1,25 @@
 """How much of the error a correction predicts on images it was not fitted on.
 
-The error d = eps_q - eps is predicted as gain * eps_q + bias. There are five
-candidates for the pair: nothing at all, and bias alone or gain and bias of the
-joint Gaussian (`gaussian`), each per tensor or per channel. Images are dealt
-out to folds; what is fitted on all other folds is tried on the one left out, so
-each image is tried once, by fits that never saw it. In sample a richer
-candidate always looks better, here it does not.
+The error d = eps_q - eps is predicted by one of seven candidates: nothing at
+all; bias alone or gain and bias of the joint Gaussian (`gaussian`), each per
+tensor or per channel; and a linear map of all channels of eps_q and x_t
+(`linear`), with a bias per channel or one for each place in the latent. Images
+are dealt out to folds; what is fitted on all other folds is tried on the one
+left out, so each image is tried once, by fits that never saw it. In sample a
+richer candidate always looks better, here it does not.
 
-Letters: `N` images, `S` timesteps, `K` candidates, `C` channels.
+Letters: `N` images, `S` timesteps, `K` candidates, `C` channels, `H W` space;
+`Z` is 2C, the channels of eps_q and those of x_t.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from d2dpm_jax.denoising import gaussian
+from d2dpm_jax.denoising import gaussian, linear
 from d2dpm_jax.denoising.table import Table
 
 CANDIDATES = (
@@ -26,14 +28,23 @@ CANDIDATES = (
   'tensor gain+bias',
   'channel bias',
   'channel gain+bias',
+  'linear',
+  'linear+place',
 )
+
+# Called once per pass: yields (eps_q, eps, x_t), each float[N, H, W, C].
+Points = Callable[[], Iterable[tuple[Any, Any, Any]]]
+
 # A candidate is preferred to none if its R2 is so many standard errors above 0.
 _STANDARD_ERRORS = 2.0
 
 
 class _Trial(NamedTuple):
-  """What the candidates leave of the errors of one timestep."""
+  """The candidates of one timestep, and what they leave of its errors."""
 
+  weights: np.ndarray  # float64[K, Z, C]
+  bias: np.ndarray  # float64[K, C]
+  place: np.ndarray  # float64[H, W, C]
   left_variance: np.ndarray  # float64[K, C]
   r2: np.ndarray  # float64[K]
   r2_about_mean: np.ndarray  # float64[K]
@@ -44,26 +55,32 @@ class _Trial(NamedTuple):
 class HeldOut(Table):
   """The candidates at each timestep, and how they did on held-out images.
 
+  The prediction of d is (eps_q, x_t) @ weights + bias, fitted on all images;
+  that of the last candidate has `place` added.
+
   Attributes:
     timesteps: int64[S], distinct.
-    gain: float64[S, K, C], fitted on all images.
-    bias: float64[S, K, C], likewise.
+    weights: float64[S, K, Z, C].
+    bias: float64[S, K, C].
+    place: float64[S, H, W, C], of mean 0 over H and W.
     left_variance: float64[S, K, C], variance of d - prediction, held out.
     r2: float64[S, K], 1 - E[(d - prediction)**2] / E[d**2], held out; that of
       'none' is 0. Negative where a candidate does harm.
     r2_about_mean: float64[S, K], the same over the variance of d about its mean
       in the whole tensor.
-    standard_error: float64[S, K], of `r2`, over images.
+    standard_error: float64[S, K], of `r2`, over held-out images; how much fits
+      to other images would differ is not in it.
     settings: what the statistics depend on, as in `gaussian.ErrorModel`.
   """
 
   NAME: ClassVar[str] = 'table of held-out errors'
   FORMAT: ClassVar[str] = 'd2dpm_jax.held_out'
-  VERSION: ClassVar[int] = 1
+  VERSION: ClassVar[int] = 2
 
   timesteps: np.ndarray
-  gain: np.ndarray
+  weights: np.ndarray
   bias: np.ndarray
+  place: np.ndarray
   left_variance: np.ndarray
   r2: np.ndarray
   r2_about_mean: np.ndarray
@@ -73,10 +90,16 @@ class HeldOut(Table):
   def __post_init__(self):
     self._freeze()
     rows = (len(self.timesteps), len(CANDIDATES))
-    if self.gain.shape[:2] != rows or self.gain.ndim != 3:
-      raise ValueError(f'gain has shape {self.gain.shape}: expected {rows}, C.')
-    for name in ('bias', 'left_variance'):
-      self._check_shape(name, self.gain.shape)
+    if self.bias.shape[:2] != rows or self.bias.ndim != 3:
+      raise ValueError(f'bias has shape {self.bias.shape}: expected {rows}, C.')
+    channels = self.bias.shape[2]
+    self._check_shape('weights', (*rows, 2 * channels, channels))
+    self._check_shape('left_variance', self.bias.shape)
+    place = self.place.shape
+    if len(place) != 4 or (place[0], place[3]) != (rows[0], channels):
+      raise ValueError(
+        f'place has shape {place}: expected {rows[0]}, H, W, {channels}.'
+      )
     for name in ('r2', 'r2_about_mean', 'standard_error'):
       self._check_shape(name, rows)
     for name in ('left_variance', 'standard_error'):
@@ -96,61 +119,95 @@ class HeldOut(Table):
     return np.where(r2 > _STANDARD_ERRORS * error, best, 0)
 
 
-def _affine(
-  tensor: Any, channel: Any, channels: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-  """Gain and bias of the candidates, float64[K, *channels].
+def _elements(points: Points) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+  """Chunks as ((eps_q, x_t), d), float64[N, H * W, Z] and [N, H * W, C].
 
-  Args:
-    tensor: `gaussian.Fit` or `gaussian.ErrorModel`, tensor-wise.
-    channel: the same of channels.
-    channels: [C], or [S, C] of error models.
+  Raises:
+    ValueError: shapes differ, or a value is not finite.
   """
-  gains, biases = [np.zeros(channels)], [np.zeros(channels)]
-  for stats in (tensor, channel):
-    gain, bias, _ = gaussian.conditional(stats)
-    gains += [np.zeros_like(gain), gain]
-    biases += [stats.mean_d, bias]
-
-  def table(rows):
-    rows = [x if np.ndim(x) == len(channels) else x[..., None] for x in rows]
-    return np.stack([np.broadcast_to(x, channels) for x in rows])
-
-  return table(gains), table(biases)
+  for eps_q, eps, x in points():
+    pair = [(eps_q, eps)]
+    ((q, d),) = gaussian.elements(functools.partial(iter, pair))
+    x = np.asarray(x, np.float64)
+    if x.shape != np.shape(eps_q):
+      raise ValueError(f'x_t {x.shape} and eps_q {np.shape(eps_q)} differ.')
+    if not np.isfinite(x).all():
+      raise ValueError('x_t holds values that are not finite.')
+    yield np.concatenate([q, x.reshape(q.shape)], -1), d
 
 
 def _select(
-  pairs: gaussian.Pairs, fold: int, folds: int, inside: bool
-) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-  """The pairs of the images of one fold, or those of all other images."""
+  points: Points, fold: int, folds: int, inside: bool
+) -> Iterable[tuple[Any, ...]]:
+  """The points of the images of one fold, or those of all other images."""
   first = 0
-  for eps_q, eps in pairs():
-    index = np.arange(first, first + len(eps_q))
+  for chunk in points():
+    index = np.arange(first, first + len(chunk[0]))
     first += len(index)
     chosen = (index % folds == fold) == inside
     if chosen.any():
-      yield np.asarray(eps_q)[chosen], np.asarray(eps)[chosen]
+      yield tuple(np.asarray(part)[chosen] for part in chunk)
 
 
-def _try(pairs: gaussian.Pairs, folds: int, outlier_std: float) -> _Trial:
-  """Fits the candidates without each fold in turn, tries them on it."""
-  squares, sums = [], []  # Of what is left, [K, n, C] per chunk of n images.
+def _maps(
+  tensor: gaussian.Fit, channel: gaussian.Fit, sums: linear.Sums
+) -> list[linear.Map]:
+  """The candidates, fitted to the images of all three."""
+  channels = len(channel.channel_mean_d)
+  biased = functools.partial(linear.diagonal, channels=channels)
+  maps = [biased(0.0, 0.0)]
+  for stats in (tensor, channel):
+    given = gaussian.conditional(stats)
+    maps += [biased(0.0, stats.mean_d), biased(given.gain, given.bias)]
+  return [*maps, *(linear.fit(sums, by_place) for by_place in (False, True))]
+
+
+def _held_out_maps(
+  points: Points, sums: Sequence[linear.Sums], fold: int, outlier_std: float
+) -> list[linear.Map]:
+  """The candidates, fitted to all folds but one."""
+  rest = functools.partial(_select, points, fold, len(sums), False)
+  tensor, channel = (
+    gaussian.fit_timestep(rest, channel_wise, outlier_std)
+    for channel_wise in (False, True)
+  )
+  return _maps(tensor, channel, linear.add([*sums[:fold], *sums[fold + 1 :]]))
+
+
+def _try(
+  tensor: gaussian.Fit,
+  channel: gaussian.Fit,
+  points: Points,
+  folds: int,
+  outlier_std: float,
+) -> _Trial:
+  """Fits the candidates without each fold in turn, tries them on it.
+
+  Args:
+    tensor: fitted to all points.
+    channel: likewise, channel-wise.
+    points: of one timestep.
+    folds: at most as many as there are images.
+    outlier_std: see `evaluate`.
+  """
+  inside = [
+    functools.partial(_select, points, fold, folds, True)
+    for fold in range(folds)
+  ]
+  sums = [
+    linear.add(linear.sums(*chunk) for chunk in _elements(chosen))
+    for chosen in inside
+  ]
+  squares, totals = [], []  # Of what is left, [K, n, C] per chunk of n images.
   elements = 0
-  for fold in range(folds):
-    rest = functools.partial(_select, pairs, fold, folds, False)
-    tensor, channel = (
-      gaussian.fit_timestep(rest, channel_wise, outlier_std)
-      for channel_wise in (False, True)
-    )
-    affine = _affine(tensor, channel, channel.mean_d.shape)
-    gain, bias = (x[:, None, None, :] for x in affine)
-    fold_pairs = functools.partial(_select, pairs, fold, folds, True)
-    for q, d in gaussian.elements(fold_pairs):
-      left = d - (gain * q + bias)
+  for fold, chosen in enumerate(inside):
+    maps = _held_out_maps(points, sums, fold, outlier_std)
+    for known, d in _elements(chosen):
+      left = linear.left(maps, known, d)
       squares.append(np.square(left).sum(2))
-      sums.append(left.sum(2))
+      totals.append(left.sum(2))
       elements += d.shape[0] * d.shape[1]
-  square, total = np.concatenate(squares, 1), np.concatenate(sums, 1)
+  square, total = np.concatenate(squares, 1), np.concatenate(totals, 1)
   mean_square, mean = square.sum(1) / elements, total.sum(1) / elements
   by_image = square.sum(2)
   r2, error = _r2(by_image, by_image[0])
@@ -158,8 +215,17 @@ def _try(pairs: gaussian.Pairs, folds: int, outlier_std: float) -> _Trial:
   share = np.ones(len(r2))
   if whole > 0:
     share = mean_square.mean(1) / whole
+  maps = _maps(tensor, channel, linear.add(sums))
+  bias = np.stack([m.offset.mean(0) for m in maps])
+  shape = np.shape(next(iter(points()))[0])[1:]
   return _Trial(
-    np.maximum(mean_square - np.square(mean), 0.0), r2, 1 - share, error
+    np.stack([m.weights for m in maps]),
+    bias,
+    (maps[-1].offset - bias[-1]).reshape(shape),
+    np.maximum(mean_square - np.square(mean), 0.0),
+    r2,
+    1 - share,
+    error,
   )
 
 
@@ -187,19 +253,20 @@ def _r2(left: np.ndarray, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def evaluate(
   tensor: gaussian.ErrorModel,
   channel: gaussian.ErrorModel,
-  pairs: Callable[[int], Iterable[tuple[Any, Any]]],
+  points: Callable[[int], Iterable[tuple[Any, Any, Any]]],
   folds: int = 4,
   outlier_std: float = 4.0,
 ) -> HeldOut:
-  """Tries the candidates of two error models, timestep by timestep.
+  """Tries the candidates timestep by timestep.
 
   Args:
-    tensor: fitted to all pairs.
+    tensor: fitted to eps_q and eps of all points.
     channel: likewise, channel-wise.
-    pairs: as for `gaussian.fit`; called several times per timestep, and yields
-      the images in the same order each time.
+    points: called with a timestep, several times; yields (eps_q, eps, x_t),
+      each float[N, H, W, C], the images in the same order each time.
     folds: at least 2; there are as many as images, at most.
-    outlier_std: as for `gaussian.fit`; held-out errors are all counted.
+    outlier_std: as for `gaussian.fit`; the linear maps leave nothing out, and
+      held-out errors are all counted.
 
   Raises:
     ValueError: there are fewer than 2 folds or images; or as `gaussian.fit`.
@@ -208,25 +275,19 @@ def evaluate(
     raise ValueError(f'folds is {folds}: expected >= 2.')
 
   def one(t: int) -> _Trial:
-    at = functools.partial(pairs, t)
-    images = sum(len(eps_q) for eps_q, _ in at())
+    at = functools.partial(points, t)
+    images = sum(len(chunk[0]) for chunk in at())
     if images < 2:
       raise ValueError(f'{images} images; 2 can be held out.')
-    return _try(at, min(folds, images), outlier_std)
+    fits = gaussian.fit_of(tensor, t), gaussian.fit_of(channel, t)
+    return _try(*fits, at, min(folds, images), outlier_std)
 
   trials = gaussian.over_timesteps(one, tensor.timesteps.tolist())
-  gain, bias = _affine(tensor, channel, channel.mean_d.shape)
   columns = {
     name: np.stack([getattr(trial, name) for trial in trials])
     for name in _Trial._fields
   }
-  return HeldOut(
-    timesteps=tensor.timesteps,
-    gain=np.moveaxis(gain, 0, 1),
-    bias=np.moveaxis(bias, 0, 1),
-    **columns,
-    settings=tensor.settings,
-  )
+  return HeldOut(tensor.timesteps, **columns, settings=tensor.settings)
 
 
 def format_table(held_out: HeldOut) -> str:

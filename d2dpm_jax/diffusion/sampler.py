@@ -15,7 +15,7 @@ from d2dpm_jax.diffusion import ddim
 
 EpsFn = Callable[[jax.Array, jax.Array, Any], jax.Array]
 NoiseFn = Callable[[jax.Array], jax.Array]
-# (eps_q, row of the correction's table, noise) -> (eps, residual_variance).
+# (eps_q, x, row of the correction's table, noise) -> (eps, residual_variance).
 CorrectFn = Callable[..., tuple[jax.Array, jax.Array | float]]
 
 
@@ -87,8 +87,8 @@ def sample(
     x_T: float32[B, H, W, C], standard normal; see `noise.initial_noise`.
     noise_fn: step index int32[] -> z float32[B, H, W, C]; see
       `noise.noise_stream`. None is for eta = 0.
-    correct: (eps_q, row of `correction_rows`, noise) -> (eps,
-      residual_variance), or None.
+    correct: (eps_q, x that it answers to, row of `correction_rows`, noise) ->
+      (eps, residual_variance), or None.
     correction_rows: pytree of arrays [S, ...] for `correct`, or None.
     error_noise_fn: like `noise_fn`, for a `correct` that draws; None hands it
       None.
@@ -126,7 +126,7 @@ def sample(
     eps, residual_variance = eps_q, 0.0
     if correct is not None:
       error = None if error_noise_fn is None else error_noise_fn(row.index)
-      eps, residual_variance = correct(eps_q, correction_row, error)
+      eps, residual_variance = correct(eps_q, x, correction_row, error)
     z = None if noise_fn is None else noise_fn(row.index)
     x_prev = ddim.ddim_step(x, eps, row, z, residual_variance)
     if collect is None:

@@ -3,6 +3,8 @@
 Letters: `B` batch, `N` images, `H W` space, `C` channels, `K` classes.
 """
 
+import collections
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +14,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from d2dpm_jax.evaluation import frechet
-from d2dpm_jax.runtime import devices
+from d2dpm_jax.runtime import devices, prefetch
+
+# Batches that devices are given before one is waited for: enough work for the
+# time in which 1024 rows are merged into the moments.
+_IN_FLIGHT = 4
 
 
 class Activations(NamedTuple):
@@ -82,7 +88,7 @@ def activations(
     batch_size: what is compiled; smaller batches are padded.
 
   Yields:
-    NumPy arrays for each batch.
+    NumPy arrays for each batch, in order.
 
   Raises:
     ValueError: images of another shape or type, or features with NaN.
@@ -93,19 +99,41 @@ def activations(
   split = NamedSharding(mesh, PartitionSpec(devices.DATA_AXIS))
   run = jax.jit(net.apply, in_shardings=(whole, split), out_shardings=split)
   params = devices.replicate(net.params)
-  for images in batches:
-    if images.shape[1:] != net.image_shape or images.dtype != np.uint8:
-      wanted = ', '.join(map(str, net.image_shape))
-      raise ValueError(
-        f'Images are {images.dtype}{list(images.shape)}, but the feature '
-        f'network {net.name!r} takes uint8[N, {wanted}].'
-      )
-    rest = [(0, size - len(images)), (0, 0), (0, 0), (0, 0)]
-    out = jax.device_get(run(params, np.pad(images, rest)))
-    out = Activations(*(np.asarray(x)[: len(images)] for x in out))
-    if not all(np.isfinite(x).all() for x in out):
-      raise ValueError(f'The feature network {net.name!r} returned NaN.')
-    yield out
+
+  def placed() -> Iterator[tuple[int, jax.Array]]:
+    for images in batches:
+      _check(images, net)
+      rest = [(0, size - len(images)), (0, 0), (0, 0), (0, 0)]
+      padded = np.pad(images, rest) if len(images) < size else images
+      yield len(images), jax.device_put(padded, split)
+
+  # While a batch is computed, the next one is read by a thread and moments of
+  # the last one are added up by the caller.
+  running: collections.deque[tuple[int, Activations]] = collections.deque()
+  with contextlib.closing(prefetch.prefetch(placed())) as reading:
+    for count, images in reading:
+      running.append((count, run(params, images)))
+      if len(running) > _IN_FLIGHT:
+        yield _fetch(*running.popleft(), net)
+    while running:
+      yield _fetch(*running.popleft(), net)
+
+
+def _check(images: np.ndarray, net: FeatureNet) -> None:
+  if images.shape[1:] != net.image_shape or images.dtype != np.uint8:
+    wanted = ', '.join(map(str, net.image_shape))
+    raise ValueError(
+      f'Images are {images.dtype}{list(images.shape)}, but the feature '
+      f'network {net.name!r} takes uint8[N, {wanted}].'
+    )
+
+
+def _fetch(count: int, out: Activations, net: FeatureNet) -> Activations:
+  """Waits for a batch; without its padding."""
+  found = Activations(*(np.asarray(x)[:count] for x in jax.device_get(out)))
+  if not all(np.isfinite(x).all() for x in found):
+    raise ValueError(f'The feature network {net.name!r} returned NaN.')
+  return found
 
 
 def summarize(

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+_ROWS = 1024
+
 
 class Gaussian(NamedTuple):
   """Mean float64[D] and covariance float64[D,D]."""
@@ -18,29 +20,42 @@ class Gaussian(NamedTuple):
 class Moments:
   """Mean and covariance of a stream of batches, in float64.
 
-  Batches are merged by deviations from their own means (Chan, Golub and
-  LeVeque 1979), so a mean that is large beside the spread does no harm, and
-  memory does not grow with N.
+  Rows are gathered, then merged by deviations from their own mean (Chan, Golub
+  and LeVeque 1979). So a mean that is large beside the spread does no harm,
+  memory does not grow with N, and how rows come in batches has no effect.
   """
 
   def __init__(self, dim: int):
     self.count = 0
     self._mean = np.zeros(dim)
     self._scatter = np.zeros((dim, dim))
+    # A merge goes through all of `_scatter`: not for a few rows.
+    self._rows = np.empty((_ROWS, dim))
+    self._merged = 0
 
   def update(self, batch: np.ndarray) -> None:
     """Adds float[B, ...]; what follows the first axis is flattened to D."""
-    if not len(batch):
+    while len(batch):
+      start = self.count - self._merged
+      part = batch[: _ROWS - start]
+      self._rows[start : start + len(part)] = part.reshape(len(part), -1)
+      self.count += len(part)
+      batch = batch[len(part) :]
+      if self.count - self._merged == _ROWS:
+        self._merge()
+
+  def _merge(self) -> None:
+    added = self.count - self._merged
+    if not added:
       return
-    batch = np.asarray(batch, np.float64).reshape(len(batch), -1)
-    mean = batch.mean(0)
-    centred = batch - mean
+    rows = self._rows[:added]
+    mean = rows.mean(0)
+    rows -= mean
     step = mean - self._mean
-    count = self.count + len(batch)
-    self._scatter += centred.T @ centred
-    self._scatter += np.outer(step, step) * (self.count * len(batch) / count)
-    self._mean = self._mean + step * (len(batch) / count)
-    self.count = count
+    self._scatter += rows.T @ rows
+    self._scatter += np.outer(step, step * (self._merged * added / self.count))
+    self._mean = self._mean + step * (added / self.count)
+    self._merged = self.count
 
   def gaussian(self) -> Gaussian:
     """Mean and unbiased covariance (divided by N - 1, as `numpy.cov` does).
@@ -52,6 +67,7 @@ class Moments:
       raise ValueError(
         f'{self.count} images have no covariance: at least 2 are needed.'
       )
+    self._merge()
     return Gaussian(self._mean, self._scatter / (self.count - 1))
 
 

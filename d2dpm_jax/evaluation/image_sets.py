@@ -105,10 +105,28 @@ def _check_images(name: str, shape: tuple[int, ...], dtype: Any) -> None:
   if len(shape) != 4 or shape[-1] not in (1, 3) or dtype != np.uint8:
     raise ValueError(
       f'{name}: the images are {dtype}{list(shape)}; expected '
-      'uint8[N, H, W, C] with values 0..255 and 1 or 3 channels.'
+      'uint8[N, H, W, C] with values 0..255 and 1 or 3 channels'
+      f'{_remedy(shape, dtype)}.'
     )
   if not shape[0]:
     raise ValueError(f'{name} has no images.')
+
+
+def _remedy(shape: tuple[int, ...], dtype: Any) -> str:
+  """What to do about images of another kind, where that is plain."""
+  if dtype.kind == 'f':
+    return (
+      '. Of floats from 0 to 255 and without NaN, save '
+      'x.round().clip(0, 255).astype(np.uint8); of -1..1, take (x + 1) * 127.5 '
+      'first'
+    )
+  if dtype != np.uint8:
+    return '; if they are from 0 to 255, save x.astype(np.uint8)'
+  if len(shape) == 3:
+    return '; of grey images, save x[..., None]'
+  if len(shape) == 4 and shape[1] in (1, 3):
+    return '; channels come last: save x.transpose(0, 2, 3, 1)'
+  return ''
 
 
 def _check_labels(name: str, labels: np.ndarray, count: int) -> None:
@@ -142,13 +160,21 @@ def _member(path: pathlib.Path, name: str) -> Iterator[tuple[IO[bytes], Any]]:
         yield stream, (shape, dtype)
   except _DAMAGE as error:
     raise ValueError(
-      f'{path} is no readable .npz: {_reason(error, name)}.'
+      f'{path} is no readable .npz: {_reason(error, path, name)}.'
     ) from error
 
 
-def _reason(error: Exception, name: str) -> str:
+def _reason(error: Exception, path: pathlib.Path, name: str) -> str:
+  remedy = f'; images are saved by np.savez(path, {name}=images)'
   if isinstance(error, KeyError):
-    return f'it has no array {name}'
+    with zipfile.ZipFile(path) as archive:
+      found = {name.removesuffix('.npy') for name in archive.namelist()}
+    if {'meta', 'mu'} <= found:
+      return 'it holds statistics, which serve as reference but not as samples'
+    if name not in found:
+      return f'it has no array {name}, but {sorted(found)}{remedy}'
+  if not zipfile.is_zipfile(path):
+    return f'it is damaged or another kind of file{remedy}'
   return str(error).rstrip('.') or type(error).__name__
 
 

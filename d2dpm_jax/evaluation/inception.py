@@ -6,10 +6,7 @@ are resized as TensorFlow 1 did. Modules have the names of pytorch-fid's state
 dict, so that `Mixed_5b.branch1x1.conv.weight` is
 `Mixed_5b/branch1x1/conv/kernel`.
 
-The package `fidjax` is no substitute: it gives the 2048 features alone, neither
-the spatial ones of sFID nor class scores, and reads weights by `pickle`. It
-also resizes with half-pixel centres and scales by 127.5 where OpenAI's
-evaluator does not; by its author's count a FID is 3.937 that should be 3.943.
+Why it is not the one of the package `fidjax`: see docs/evaluate.md.
 
 Source: arXiv:1512.00567; pytorch-fid, src/pytorch_fid/inception.py, for the
 blocks; openai/guided-diffusion, evaluations/evaluator.py, for the outputs.
@@ -31,6 +28,9 @@ CLASSES = 1008
 SIZE = 299
 # Channels of Mixed_6d/branch1x1 that sFID looks at: 17 * 17 * 7 = 2023 numbers.
 SPATIAL_CHANNELS = 7
+# Float32 on every device. The default would round products to TF32 on GPUs and
+# to bfloat16 on TPUs, and features with them.
+_PRECISION = 'highest'
 
 
 class BatchNorm(nn.Module):
@@ -71,14 +71,12 @@ class BasicConv2d(nn.Module):
     stride: step in both directions.
     padding: 'VALID', or 'SAME' for odd kernels of stride 1, where TensorFlow
       and PyTorch agree.
-    precision: of the products, see `InceptionV3`.
   """
 
   features: int
   kernel: int | tuple[int, int] = 1
   stride: int = 1
   padding: str = 'VALID'
-  precision: str = 'highest'
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -95,7 +93,7 @@ class BasicConv2d(nn.Module):
       (self.stride, self.stride),
       self.padding,
       dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-      precision=self.precision,
+      precision=_PRECISION,
     )
     return nn.relu(x + shift)
 
@@ -131,33 +129,28 @@ class InceptionA(nn.Module):
   """Of the 35 x 35 pixels; `pool_features` channels come from the average."""
 
   pool_features: int
-  precision: str
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    conv = _conv_of(self)
-    a = conv('branch1x1', 64)(x)
-    b = conv('branch5x5_1', 48)(x)
-    b = conv('branch5x5_2', 64, 5)(b)
-    c = conv('branch3x3dbl_1', 64)(x)
-    c = conv('branch3x3dbl_2', 96, 3)(c)
-    c = conv('branch3x3dbl_3', 96, 3)(c)
-    d = conv('branch_pool', self.pool_features)(_average_pool(x))
+    a = _conv('branch1x1', 64)(x)
+    b = _conv('branch5x5_1', 48)(x)
+    b = _conv('branch5x5_2', 64, 5)(b)
+    c = _conv('branch3x3dbl_1', 64)(x)
+    c = _conv('branch3x3dbl_2', 96, 3)(c)
+    c = _conv('branch3x3dbl_3', 96, 3)(c)
+    d = _conv('branch_pool', self.pool_features)(_average_pool(x))
     return jnp.concatenate([a, b, c, d], axis=-1)
 
 
 class InceptionB(nn.Module):
   """From 35 x 35 to 17 x 17 pixels."""
 
-  precision: str
-
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    conv = _conv_of(self)
-    a = conv('branch3x3', 384, 3, stride=2)(x)
-    b = conv('branch3x3dbl_1', 64)(x)
-    b = conv('branch3x3dbl_2', 96, 3)(b)
-    b = conv('branch3x3dbl_3', 96, 3, stride=2)(b)
+    a = _conv('branch3x3', 384, 3, stride=2)(x)
+    b = _conv('branch3x3dbl_1', 64)(x)
+    b = _conv('branch3x3dbl_2', 96, 3)(b)
+    b = _conv('branch3x3dbl_3', 96, 3, stride=2)(b)
     return jnp.concatenate([a, b, _reduce(x)], axis=-1)
 
 
@@ -165,38 +158,33 @@ class InceptionC(nn.Module):
   """Of the 17 x 17 pixels; `inner` channels between its long kernels."""
 
   inner: int
-  precision: str
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    conv = _conv_of(self)
-    a = conv('branch1x1', 192)(x)
-    b = conv('branch7x7_1', self.inner)(x)
-    b = conv('branch7x7_2', self.inner, (1, 7))(b)
-    b = conv('branch7x7_3', 192, (7, 1))(b)
-    c = conv('branch7x7dbl_1', self.inner)(x)
-    c = conv('branch7x7dbl_2', self.inner, (7, 1))(c)
-    c = conv('branch7x7dbl_3', self.inner, (1, 7))(c)
-    c = conv('branch7x7dbl_4', self.inner, (7, 1))(c)
-    c = conv('branch7x7dbl_5', 192, (1, 7))(c)
-    d = conv('branch_pool', 192)(_average_pool(x))
+    a = _conv('branch1x1', 192)(x)
+    b = _conv('branch7x7_1', self.inner)(x)
+    b = _conv('branch7x7_2', self.inner, (1, 7))(b)
+    b = _conv('branch7x7_3', 192, (7, 1))(b)
+    c = _conv('branch7x7dbl_1', self.inner)(x)
+    c = _conv('branch7x7dbl_2', self.inner, (7, 1))(c)
+    c = _conv('branch7x7dbl_3', self.inner, (1, 7))(c)
+    c = _conv('branch7x7dbl_4', self.inner, (7, 1))(c)
+    c = _conv('branch7x7dbl_5', 192, (1, 7))(c)
+    d = _conv('branch_pool', 192)(_average_pool(x))
     return jnp.concatenate([a, b, c, d], axis=-1)
 
 
 class InceptionD(nn.Module):
   """From 17 x 17 to 8 x 8 pixels."""
 
-  precision: str
-
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    conv = _conv_of(self)
-    a = conv('branch3x3_1', 192)(x)
-    a = conv('branch3x3_2', 320, 3, stride=2)(a)
-    b = conv('branch7x7x3_1', 192)(x)
-    b = conv('branch7x7x3_2', 192, (1, 7))(b)
-    b = conv('branch7x7x3_3', 192, (7, 1))(b)
-    b = conv('branch7x7x3_4', 192, 3, stride=2)(b)
+    a = _conv('branch3x3_1', 192)(x)
+    a = _conv('branch3x3_2', 320, 3, stride=2)(a)
+    b = _conv('branch7x7x3_1', 192)(x)
+    b = _conv('branch7x7x3_2', 192, (1, 7))(b)
+    b = _conv('branch7x7x3_3', 192, (7, 1))(b)
+    b = _conv('branch7x7x3_4', 192, 3, stride=2)(b)
     return jnp.concatenate([a, b, _reduce(x)], axis=-1)
 
 
@@ -204,45 +192,31 @@ class InceptionE(nn.Module):
   """Of the 8 x 8 pixels; the two that there are differ in how they `pool`."""
 
   pool: Callable[[jax.Array], jax.Array]
-  precision: str
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    conv = _conv_of(self)
-    a = conv('branch1x1', 320)(x)
-    b = conv('branch3x3_1', 384)(x)
-    b1 = conv('branch3x3_2a', 384, (1, 3))(b)
-    b2 = conv('branch3x3_2b', 384, (3, 1))(b)
-    c = conv('branch3x3dbl_1', 448)(x)
-    c = conv('branch3x3dbl_2', 384, 3)(c)
-    c1 = conv('branch3x3dbl_3a', 384, (1, 3))(c)
-    c2 = conv('branch3x3dbl_3b', 384, (3, 1))(c)
-    d = conv('branch_pool', 192)(self.pool(x))
+    a = _conv('branch1x1', 320)(x)
+    b = _conv('branch3x3_1', 384)(x)
+    b1 = _conv('branch3x3_2a', 384, (1, 3))(b)
+    b2 = _conv('branch3x3_2b', 384, (3, 1))(b)
+    c = _conv('branch3x3dbl_1', 448)(x)
+    c = _conv('branch3x3dbl_2', 384, 3)(c)
+    c1 = _conv('branch3x3dbl_3a', 384, (1, 3))(c)
+    c2 = _conv('branch3x3dbl_3b', 384, (3, 1))(c)
+    d = _conv('branch_pool', 192)(self.pool(x))
     return jnp.concatenate([a, b1, b2, c1, c2, d], axis=-1)
 
 
-def _conv_of(block: nn.Module) -> Callable[..., BasicConv2d]:
-  """Makes the convolutions of a block: those of stride 1 keep the size."""
-
-  def conv(name, features, kernel=1, stride=1):
-    padding = 'SAME' if stride == 1 else 'VALID'
-    return BasicConv2d(
-      features, kernel, stride, padding, block.precision, name=name
-    )
-
-  return conv
+def _conv(
+  name: str, features: int, kernel: int | tuple[int, int] = 1, stride: int = 1
+) -> BasicConv2d:
+  """A convolution that keeps the size if it has stride 1."""
+  padding = 'SAME' if stride == 1 else 'VALID'
+  return BasicConv2d(features, kernel, stride, padding, name=name)
 
 
 class InceptionV3(nn.Module):
-  """The feature network of FID.
-
-  Attributes:
-    precision: of products in convolutions. 'highest' is float32 on every
-      device; 'default' is faster and rounds to TF32 on GPUs and to bfloat16 on
-      TPUs, and with it the features.
-  """
-
-  precision: str = 'highest'
+  """The feature network of FID."""
 
   @nn.compact
   def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
@@ -267,37 +241,30 @@ class InceptionV3(nn.Module):
         f'InceptionV3 takes uint8[B, H, W, 3] from 0 to 255, not '
         f'{images.dtype}{list(images.shape)}.'
       )
-
-    def conv(name, features, kernel=1, stride=1, padding='VALID'):
-      return BasicConv2d(
-        features, kernel, stride, padding, self.precision, name=name
-      )
-
-    p = self.precision
     # 128, not 127.5: the whole range is -1 to 0.992.
     x = (resize.resize_bilinear_tf1(images, SIZE, SIZE) - 128) / 128
-    x = conv('Conv2d_1a_3x3', 32, 3, stride=2)(x)
-    x = conv('Conv2d_2a_3x3', 32, 3)(x)
-    x = conv('Conv2d_2b_3x3', 64, 3, padding='SAME')(x)
+    x = BasicConv2d(32, 3, 2, name='Conv2d_1a_3x3')(x)
+    x = BasicConv2d(32, 3, name='Conv2d_2a_3x3')(x)
+    x = _conv('Conv2d_2b_3x3', 64, 3)(x)
     x = _reduce(x)
-    x = conv('Conv2d_3b_1x1', 80)(x)
-    x = conv('Conv2d_4a_3x3', 192, 3)(x)
+    x = _conv('Conv2d_3b_1x1', 80)(x)
+    x = BasicConv2d(192, 3, name='Conv2d_4a_3x3')(x)
     x = _reduce(x)
-    x = InceptionA(32, p, name='Mixed_5b')(x)
-    x = InceptionA(64, p, name='Mixed_5c')(x)
-    x = InceptionA(64, p, name='Mixed_5d')(x)
-    x = InceptionB(p, name='Mixed_6a')(x)
-    x = InceptionC(128, p, name='Mixed_6b')(x)
-    x = InceptionC(160, p, name='Mixed_6c')(x)
-    x = InceptionC(160, p, name='Mixed_6d')(x)
+    x = InceptionA(32, name='Mixed_5b')(x)
+    x = InceptionA(64, name='Mixed_5c')(x)
+    x = InceptionA(64, name='Mixed_5d')(x)
+    x = InceptionB(name='Mixed_6a')(x)
+    x = InceptionC(128, name='Mixed_6b')(x)
+    x = InceptionC(160, name='Mixed_6c')(x)
+    x = InceptionC(160, name='Mixed_6d')(x)
     spatial = x[..., :SPATIAL_CHANNELS]  # branch1x1 comes first.
-    x = InceptionC(192, p, name='Mixed_6e')(x)
-    x = InceptionD(p, name='Mixed_7a')(x)
-    x = InceptionE(_average_pool, p, name='Mixed_7b')(x)
-    x = InceptionE(_max_pool, p, name='Mixed_7c')(x)
+    x = InceptionC(192, name='Mixed_6e')(x)
+    x = InceptionD(name='Mixed_7a')(x)
+    x = InceptionE(_average_pool, name='Mixed_7b')(x)
+    x = InceptionE(_max_pool, name='Mixed_7c')(x)
     features = x.mean(axis=(1, 2))
     classes = Kernel((FEATURES, CLASSES), name='fc')()
-    logits = jnp.dot(features, classes, precision=p)
+    logits = jnp.dot(features, classes, precision=_PRECISION)
     return {'features': features, 'spatial': spatial, 'logits': logits}
 
 

@@ -8,6 +8,7 @@ Letters: `N` images, `D` features, `R` rows and `C` columns of a block.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -30,7 +31,8 @@ def precision_recall(
 
   The manifold of a set is the union of balls around its members, each with the
   distance to its k-th nearest other member as radius. Distances are computed in
-  blocks of at most 1024 x 8192, whatever N is.
+  blocks of at most 1024 x 8192, so that memory of the device does not grow with
+  N.
 
   Args:
     reference: float[N,D], features of real images.
@@ -65,33 +67,45 @@ def precision_recall(
 
 def _radii(x: np.ndarray, neighbours: int) -> np.ndarray:
   """Squared distance of each vector to its k-th nearest, itself not counted."""
-  columns = _blocks(x, min(_COLUMNS, len(x)))
-  found = [
-    _smallest(rows, columns, np.int32(len(x)), neighbours + 1)[:, -1]
-    for rows in _blocks(x, min(_ROWS, len(x)))
-  ]
-  return np.concatenate(found)[: len(x)]
+  best = np.full((len(x), neighbours + 1), np.inf, np.float32)
+  for there, columns in _blocks(x, _COLUMNS):
+    columns = jax.device_put(columns)
+    count = np.int32(there.stop - there.start)
+    k = min(neighbours + 1, len(columns))
+    for here, rows in _blocks(x, _ROWS):
+      found = np.asarray(_smallest(rows, columns, count, k))
+      found = np.concatenate([best[here], found[: len(best[here])]], 1)
+      best[here] = np.sort(found, 1)[:, : neighbours + 1]
+  return best[:, -1]
 
 
 def _share_inside(
   x: np.ndarray, centres: np.ndarray, radii: np.ndarray
 ) -> float:
   """Share of `x` within the radius of at least one of `centres`."""
-  size = min(_COLUMNS, len(centres))
-  columns = _blocks(centres, size)
+  inside = np.zeros(len(x), bool)
   # Balls of padding contain nothing.
-  radii = _blocks(radii[:, None], size, -1.0)[..., 0]
-  found = [
-    _inside(rows, columns, radii) for rows in _blocks(x, min(_ROWS, len(x)))
-  ]
-  return float(np.concatenate(found)[: len(x)].mean())
+  balls = zip(
+    _blocks(centres, _COLUMNS), _blocks(radii, _COLUMNS, -1.0), strict=True
+  )
+  for (_, columns), (_, limits) in balls:
+    columns = jax.device_put(columns)
+    for here, rows in _blocks(x, _ROWS):
+      found = np.asarray(_inside(rows, columns, limits))
+      inside[here] |= found[: len(inside[here])]
+  return float(inside.mean())
 
 
-def _blocks(x: np.ndarray, size: int, padding: float = 0.0) -> np.ndarray:
-  """float[N,D] -> float[ceil(N / size), size, D], padded at the end."""
-  rest = -len(x) % size
-  x = np.pad(x, ((0, rest), (0, 0)), constant_values=padding)
-  return x.reshape(-1, size, x.shape[1])
+def _blocks(
+  x: np.ndarray, size: int, padding: float = 0.0
+) -> Iterator[tuple[slice, np.ndarray]]:
+  """Where each block of float[N,...] is, and the block, padded to one size."""
+  size = min(size, len(x))
+  for start in range(0, len(x), size):
+    part = x[start : start + size]
+    rest = [(0, size - len(part))] + [(0, 0)] * (x.ndim - 1)
+    where = slice(start, start + len(part))
+    yield where, np.pad(part, rest, constant_values=padding)
 
 
 def _squared_distances(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -105,44 +119,20 @@ def _squared_distances(a: jax.Array, b: jax.Array) -> jax.Array:
 def _smallest(
   rows: jax.Array, columns: jax.Array, count: jax.Array, k: int
 ) -> jax.Array:
-  """The k smallest squared distances, ascending, of rows to blocks of columns.
+  """float32[R,k]: the k smallest squared distances of rows to columns.
 
   Args:
     rows: float32[R,D].
-    columns: float32[blocks,C,D].
+    columns: float32[C,D].
     count: int32[], columns that are not padding.
     k: how many.
   """
-
-  def step(best, block):
-    index, columns = block
-    distances = _squared_distances(rows, columns)
-    valid = index * len(columns) + jnp.arange(len(columns)) < count
-    distances = jnp.where(valid, distances, jnp.inf)
-    # top_k is for largest numbers.
-    best = jnp.concatenate([best, -distances], 1)
-    return jax.lax.top_k(best, k)[0], None
-
-  best = jnp.full((len(rows), k), -jnp.inf)
-  indices = jnp.arange(len(columns), dtype=jnp.int32)
-  best, _ = jax.lax.scan(step, best, (indices, columns))
-  return -best
+  distances = _squared_distances(rows, columns)
+  distances = jnp.where(jnp.arange(len(columns)) < count, distances, jnp.inf)
+  return -jax.lax.top_k(-distances, k)[0]  # top_k is for the largest.
 
 
 @jax.jit
 def _inside(rows: jax.Array, columns: jax.Array, radii: jax.Array) -> jax.Array:
-  """bool[R]: is a row within the radius of any column?
-
-  Args:
-    rows: float32[R,D].
-    columns: float32[blocks,C,D].
-    radii: float32[blocks,C], squared.
-  """
-
-  def step(found, block):
-    columns, radii = block
-    near = _squared_distances(rows, columns) <= radii
-    return found | near.any(1), None
-
-  found = jnp.zeros(len(rows), bool)
-  return jax.lax.scan(step, found, (columns, radii))[0]
+  """bool[R]: is a row within the radius, squared float32[C], of any column?"""
+  return (_squared_distances(rows, columns) <= radii).any(1)

@@ -104,10 +104,24 @@ def load_batch_statistics(
       )
     if not np.isfinite(array).all():
       raise ValueError(f'The reference {path} has NaN or infinity in {name}.')
+  for name in ('sigma', 'sigma_s'):
+    _check_covariance(path, name, arrays[name])
   mu, sigma, mu_s, sigma_s = (
     arrays[name].astype(np.float64) for name in _ARRAYS
   )
   return frechet.Gaussian(mu, sigma), frechet.Gaussian(mu_s, sigma_s)
+
+
+def _check_covariance(path: pathlib.Path, name: str, array: np.ndarray) -> None:
+  """Only symmetric matrices have the square root that FID takes."""
+  largest = np.abs(array).max()
+  if (
+    np.abs(array - array.T).max() > 1e-6 * largest or array.diagonal().min() < 0
+  ):
+    raise ValueError(
+      f'The reference {path} holds a {name} that is no covariance: it is not '
+      'symmetric, or variances are below 0.'
+    )
 
 
 def _names(path: pathlib.Path) -> set[str]:

@@ -23,7 +23,6 @@ def inception_score(
   Raises:
     ValueError: no images, a split size below 1, or NaN.
   """
-  logits = np.asarray(logits, np.float64)
   if split_size < 1 or not len(logits):
     raise ValueError(
       f'Inception score of {len(logits)} images in splits of {split_size}: '
@@ -31,19 +30,25 @@ def inception_score(
     )
   if not np.isfinite(logits).all():
     raise ValueError('Inception score of logits with NaN or infinity.')
+  order = np.arange(len(logits))
   if seed is not None:
-    logits = np.random.default_rng(seed).permutation(logits)
-  log_p = logits - logits.max(-1, keepdims=True)
+    order = np.random.default_rng(seed).permutation(order)
+  splits = [
+    order[start : start + split_size]
+    for start in range(0, len(order), split_size)
+  ]
+  return float(np.mean([_split_score(logits[rows]) for rows in splits]))
+
+
+def _split_score(logits: np.ndarray) -> float:
+  """exp(E KL(p(y|x) || p(y))) of all of float[N,K]."""
+  log_p = logits.astype(np.float64)
+  log_p -= log_p.max(-1, keepdims=True)
   log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
   p = np.exp(log_p)
-  scores = []
-  for start in range(0, len(p), split_size):
-    rows = slice(start, start + split_size)
-    # Where a class has probability 0, p is 0 as well and so is the term.
-    log_mean = np.log(np.maximum(p[rows].mean(0), np.finfo(float).tiny))
-    divergence = (p[rows] * (log_p[rows] - log_mean)).sum(-1)
-    scores.append(np.exp(divergence.mean()))
-  return float(np.mean(scores))
+  # Where a class has probability 0, p is 0 as well and so is the term.
+  log_mean = np.log(np.maximum(p.mean(0), np.finfo(float).tiny))
+  return float(np.exp((p * (log_p - log_mean)).sum(-1).mean()))
 
 
 def label_agreement(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -61,10 +66,21 @@ def label_agreement(logits: np.ndarray, labels: np.ndarray) -> float:
     raise ValueError(
       f'{len(logits)} images but labels of shape {list(labels.shape)}.'
     )
-  classes = logits.shape[1]
+  check_labels('The set', labels, logits.shape[1])
+  return float(np.mean(logits.argmax(-1) == labels))
+
+
+def check_labels(name: str, labels: np.ndarray, classes: int) -> None:
+  """Raises ValueError if a label of int[N] is not in 0..classes-1.
+
+  Args:
+    name: of the set of images, for the message.
+    labels: what was asked for.
+    classes: how many the network knows that judges them.
+  """
   if labels.min() < 0 or labels.max() >= classes:
     raise ValueError(
-      f'Labels from {labels.min()} to {labels.max()}: the network that judges '
-      f'them knows the classes 0..{classes - 1}.'
+      f'{name} has labels from {labels.min()} to {labels.max()}, but the '
+      f'network that judges it knows the classes 0..{classes - 1}. Without '
+      'arr_1 images are judged without labels.'
     )
-  return float(np.mean(logits.argmax(-1) == labels))

@@ -4,7 +4,14 @@ from collections.abc import Callable
 
 import ml_collections
 
-from d2dpm_jax.pipelines import cost, layer_speed, speed
+from d2dpm_jax.pipelines import (
+  correction_cost,
+  cost,
+  evaluation_timing,
+  layer_speed,
+  speed,
+  throughput,
+)
 from d2dpm_jax.runtime import files
 
 REPORTS: dict[
@@ -13,6 +20,9 @@ REPORTS: dict[
   'cost': cost.report,
   'sampling': speed.report,
   'layers': layer_speed.report,
+  'corrections': correction_cost.report,
+  'evaluation': evaluation_timing.report,
+  'job': throughput.report,
 }
 
 

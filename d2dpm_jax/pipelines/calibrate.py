@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 
 from d2dpm_jax.pipelines import (
   artifacts,
@@ -17,7 +18,7 @@ from d2dpm_jax.pipelines import (
   trajectories,
 )
 from d2dpm_jax.quantization import transform
-from d2dpm_jax.runtime import files, progress
+from d2dpm_jax.runtime import files, processes, progress, weights
 
 _log = logging.getLogger(__name__)
 
@@ -34,16 +35,21 @@ def calibrate(model: setup.Model, paths: files.Workdir) -> artifacts.Quantized:
   """The whole method: trajectories, quantizers, error statistics.
 
   Every phase keeps what it has finished in `paths.calibration`; the same call
-  after an interruption goes on there.
+  after an interruption goes on there. Processes of one run share the work, but
+  for the quantizers, which the first one learns.
 
   Raises:
     ValueError: bad settings, `paths` holds a calibration made with others, or
       another process is at work there.
   """
   check(model)
-  with files.claimed(paths.calibration):
+
+  def begin() -> None:
     trajectories.claim(paths.calibration, settings(model))
     setup.begin(model.config, paths)
+
+  with processes.claimed(paths.calibration):
+    processes.from_first('begin', begin)
     return run_phases(model, paths, paths.trajectories)
 
 
@@ -74,17 +80,40 @@ def run_phases(
     )
   if qstate is None:
     with times.phase('quantization'):
-      # Off the device that learned it: sampling runs on all of them.
-      qstate = jax.device_get(quantize.quantize(model, spool, paths))
-      qstate = transform.pack_state(qstate)
+      qstate = _quantizers(model, spool, paths)
   with times.phase('statistics'):
     errors = statistics.fit_errors(model, qstate, spool, paths)
   quantized = artifacts.Quantized(model, qstate, *errors)
-  artifacts.save(quantized, paths)
-  artifacts.log_sizes(quantized)
+  if processes.is_first():
+    artifacts.save(quantized, paths)
+    artifacts.log_sizes(quantized)
   for line in times.lines():
     _log.info(line)
   return quantized
+
+
+def _quantizers(
+  model: setup.Model, spool: trajectories.Trajectories, paths: files.Workdir
+) -> transform.QuantState:
+  """What the first process learns, on the host; the others read it."""
+  several = processes.count() > 1
+  if processes.is_first():
+    # Off the device that learned it: sampling runs on all of them.
+    qstate = jax.device_get(quantize.quantize(model, spool, paths))
+    qstate = transform.pack_state(qstate)
+    if several:
+      tree = transform.state_to_arrays(qstate)
+      # Orbax takes '/' in a name for a folder.
+      tree = {path.replace('/', '.'): sides for path, sides in tree.items()}
+      weights.save_tree(paths.handed_over, jax.device_get(tree), {})
+  processes.wait_for_all('quantizers')
+  if processes.is_first():
+    return qstate
+  tree, _ = weights.load_tree(paths.handed_over)
+  qstate = transform.state_from_arrays(
+    {path.replace('.', '/'): sides for path, sides in tree.items()}
+  )
+  return jax.tree.map(np.asarray, qstate)
 
 
 def check(model: setup.Model) -> None:

@@ -31,6 +31,7 @@ from d2dpm_jax.pipelines import (
   evaluate,
   experiment_grid,
   generation,
+  judges,
   sample,
   setup,
   statistics,
@@ -151,18 +152,18 @@ def experiment(model: setup.Model, paths: files.Workdir) -> dict[str, Any]:
 def _prepare(model: setup.Model, paths: files.Workdir) -> Bench:
   """Checks everything that can be checked before work begins."""
   grid = experiment_grid.read(model.config, bool(model.num_classes))
-  for word in grid.samplers:
+  for word in grid.all_samplers():
     generation.rows_of(model.ldm, experiment_grid.sampler_of(word))
   for network in grid.networks():
-    config = experiment_grid.configured(
-      model.config, grid.samplers[0], *network
-    )
+    config = experiment_grid.configured(model.config, grid.learn_on, *network)
     calibrate.check(dataclasses.replace(model, config=config))
   size, channels = model.ldm.image_size, model.ldm.first_stage.out_ch
   samples = image_sets.from_arrays(
     'The experiment', np.zeros((1, size, size, channels), np.uint8)
   )
-  net, reference = evaluate.judges(samples, model.config, paths)
+  evaluate.check(model.config.evaluate)
+  net = judges.network(model.config, samples)
+  reference = judges.reference(model.config, paths, net)
   return Bench(model, grid, paths, net, reference)
 
 
@@ -183,6 +184,7 @@ def _claim(bench: Bench) -> None:
       trajectories.claim(
         bench.full_precision(cell), _sampling_settings(bench, cell)
       )
+  for sampler in bench.grid.all_samplers():
     for network in bench.grid.networks():
       trajectories.claim(
         bench.calibration(sampler, *network).calibration,
@@ -207,7 +209,7 @@ def _calibration_settings(
 ) -> dict[str, Any]:
   """What quantizers and error statistics depend on."""
   model = bench.configured(sampler, quantizer, bits)
-  first = experiment_grid.sampler_of(bench.grid.samplers[0])
+  first = experiment_grid.sampler_of(bench.grid.learn_on)
   return {
     **calibrate.settings(model),
     'dtype': model.config.model.dtype,
@@ -333,7 +335,7 @@ def _calibrated(
 ) -> artifacts.Quantized:
   """Quantizers and the error statistics of a sampler.
 
-  The quantizers are those of the first sampler of the grid.
+  The quantizers are those of `learn_on`.
   """
   model = bench.configured(sampler, quantizer, bits)
   paths = bench.calibration(sampler, quantizer, bits)
@@ -342,10 +344,9 @@ def _calibrated(
   except FileNotFoundError:
     pass
   _log.info('Calibrates %s %s for %s', quantizer, bits, sampler)
-  first = bench.grid.samplers[0]
-  qstate = None
-  if sampler != first:
-    qstate = _calibrated(bench, first, quantizer, bits).qstate
+  learn_on, qstate = bench.grid.learn_on, None
+  if sampler != learn_on:
+    qstate = _calibrated(bench, learn_on, quantizer, bits).qstate
   setup.begin(model.config, paths)
   spool_at = bench.paths.experiment(f'trajectories/{sampler}')
   return calibrate.run_phases(model, paths, spool_at, qstate)

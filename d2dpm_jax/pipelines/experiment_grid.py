@@ -60,9 +60,14 @@ class Grid:
   corrections: tuple[str, ...]
   channel_wise: tuple[bool, ...]
   samplers: tuple[str, ...]
+  learn_on: str  # The sampler on whose trajectories quantizers learn.
   seeds: tuple[int, ...]
   num_images: int
   batch_size: int
+
+  def all_samplers(self) -> list[str]:
+    """Those of the cells, and the one that quantizers learn on."""
+    return list(dict.fromkeys((self.learn_on, *self.samplers)))
 
   def full_precision(self, sampler: str) -> list[Cell]:
     return [Cell(sampler, seed) for seed in self.seeds]
@@ -112,6 +117,7 @@ def read(config: ml_collections.ConfigDict, conditional: bool) -> Grid:
   grid = Grid(
     **words,
     channel_wise=tuple(settings.channel_wise),
+    learn_on=settings.learn_on or next(iter(words['samplers']), ''),
     seeds=tuple(settings.seeds),
     num_images=settings.num_images,
     batch_size=settings.batch_size,
@@ -125,6 +131,8 @@ def read(config: ml_collections.ConfigDict, conditional: bool) -> Grid:
   for word in grid.samplers:
     if not common.is_sampler(word, conditional):
       _fail('samplers', word, f'a word such as {form}')
+  if grid.samplers and not common.is_sampler(grid.learn_on, conditional):
+    _fail('learn_on', grid.learn_on, f'a word such as {form}')
   for wise in grid.channel_wise:
     if not isinstance(wise, bool):
       _fail('channel_wise', wise, 'False or True')

@@ -65,8 +65,16 @@ def find(
   if tfds_sets.is_name(name):
     return tfds_sets.from_name(name, square)
   match = _DATASET.fullmatch(name)
+  if match is None and name.startswith('mnist:'):
+    raise ValueError(
+      f'{name!r} names no images; expected mnist:test, mnist:train or such as '
+      'mnist:train[:10000].'
+    )
   if match is None:
     path = pathlib.Path(name)
+    inside = files.Workdir(path).samples
+    if any(inside.glob('*.npz')):
+      raise ValueError(f'{path} is a work directory; its samples are {inside}.')
     if path.is_dir() and not any(path.glob('*.npz')):
       return pictures.from_folder(path, square)
     return image_sets.from_path(path)

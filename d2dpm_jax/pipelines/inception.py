@@ -17,33 +17,36 @@ from d2dpm_jax.runtime import weights
 _log = logging.getLogger(__name__)
 
 NAME = 'inception'
+_RANDOM = 'random:'
 _FORMAT = 1
 
 
 def inception_net(
-  path: str | os.PathLike[str],
-  image_shape: tuple[int, int, int],
-  precision: str = 'highest',
+  path: str | os.PathLike[str], image_shape: tuple[int, int, int]
 ) -> FeatureNet:
   """The feature network of FID, sFID and IS.
 
   Args:
-    path: its weights, see `load`.
+    path: its weights, see `load`; or 'random:<seed>', good for timings only.
     image_shape: H, W, 3 of the images to come.
-    precision: of its products, see `InceptionV3`.
 
   Raises:
     FileNotFoundError: there are no weights; says which to get.
     ValueError: they cannot be read, or are another network's.
   """
-  params = load(path)
-  network = inception.InceptionV3(precision)
+  name = NAME
+  if str(path).startswith(_RANDOM):
+    name = f'{NAME} with RANDOM weights: the numbers mean nothing'
+    params = _random_weights(str(path))
+  else:
+    params = load(path)
+  network = inception.InceptionV3()
 
   def apply(params, images):
     return Activations(**network.apply({'params': params}, images))
 
   return FeatureNet(
-    NAME, digest(params), image_shape, inception.CLASSES, params, apply
+    name, digest(params), image_shape, inception.CLASSES, params, apply
   )
 
 
@@ -90,6 +93,26 @@ def load(path: str | os.PathLike[str] = '') -> dict[str, Any]:
   return params
 
 
+def _random_weights(where: str) -> dict[str, Any]:
+  """Kernels of variance 2 / fan in, which keep signals at their size."""
+  seed = where.removeprefix(_RANDOM)
+  if not seed.isdecimal():
+    raise ValueError(
+      f'--config.evaluate.inception={where}: expected a seed, as in random:0.'
+    )
+  _log.warning('The weights are random (%s): good for timings only.', where)
+  rng = np.random.default_rng(int(seed))
+  params: dict[str, Any] = {}
+  for name, shape in sorted(inception.parameter_shapes().items()):
+    kind = name.rpartition('/')[2]
+    value = np.full(shape, kind in ('scale', 'var'), np.float32)
+    if kind == 'kernel':
+      value = rng.standard_normal(shape, np.float32)
+      value *= np.float32((2 / np.prod(shape[:-1])) ** 0.5)
+    params[name] = value
+  return traverse_util.unflatten_dict(params, sep='/')
+
+
 def cache_folder() -> pathlib.Path:
   """Where weights are looked for, and kept after conversion."""
   home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
@@ -114,15 +137,13 @@ def _find(path: str | os.PathLike[str]) -> pathlib.Path:
         return place / name
   elif place.is_file():
     return place
-  projects = ''.join(
-    f'\n  {name}, of {project}'
-    for name, project in conversion.PUBLISHED.items()
+  projects = '; '.join(
+    f'{name}, of {project}' for name, project in conversion.PUBLISHED.items()
   )
   raise FileNotFoundError(
-    f'No weights of InceptionV3 at {place}. FID, sFID and IS of photographs '
-    f'need one of these files; they hold the same numbers:{projects}\n'
-    f'Put it into {cache_folder()}, or name it by '
-    '--config.evaluate.inception=PATH.'
+    f'There are no weights of InceptionV3 at {place}. Get one of these files, '
+    f'which hold the same numbers: {projects}. Put it into {cache_folder()}, '
+    'or name it by --config.evaluate.inception=PATH.'
   )
 
 

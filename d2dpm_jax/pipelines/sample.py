@@ -1,8 +1,10 @@
 """`--mode sample`: images from the quantized, corrected network."""
 
+import functools
+import hashlib
 import logging
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -10,48 +12,114 @@ import numpy as np
 
 from d2dpm_jax.denoising import correction as corrections
 from d2dpm_jax.diffusion import noise
-from d2dpm_jax.pipelines import artifacts, generation, setup, statistics
-from d2dpm_jax.runtime import devices, files, images, progress
+from d2dpm_jax.evaluation import image_sets
+from d2dpm_jax.pipelines import (
+  artifacts,
+  batch_size,
+  generation,
+  sample_job,
+  setup,
+  statistics,
+  trajectories,
+)
+from d2dpm_jax.runtime import devices, files, images, processes, progress
 
 _log = logging.getLogger(__name__)
 _GRID = 64  # Images shown in the picture, at most.
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Writes samples/samples.npz and samples/grid.png, or compare.png."""
+  """Writes samples/samples.npz and samples/grid.png, or compare.png.
+
+  What an earlier run of the same settings has made is taken over.
+  """
   paths = files.Workdir.at(workdir)
   settings = config.sample
   _check(settings)
   quantized = _network(config, paths)
   model = quantized.model
   if settings.compare:
-    compare(quantized, settings, paths.samples)
-    setup.begin(config, paths)
+    if processes.is_first():
+      compare(quantized, settings, paths.samples)
+      setup.begin(config, paths)
     return
   if settings.quantized:
     _warn_of_other_points(quantized, settings)
-  images_, labels = generate(
+  index = np.arange(settings.num_images)
+  check_labels(model, labels_of(model, settings, index))
+  runner = batch_runner(
     quantized,
-    np.arange(settings.num_images),
-    _labels(model, settings),
-    correction=settings.correction if settings.quantized else 'none',
-    channel_wise=settings.channel_wise,
-    absorb=settings.absorb_variance,
-    batch_size=settings.batch_size,
-    microbatch=settings.microbatch,
-    seed=config.seed,
+    settings.correction if settings.quantized else 'none',
+    settings.channel_wise,
+    settings.absorb_variance,
+    settings.microbatch,
+    config.seed,
   )
-  setup.begin(config, paths)  # Not earlier: bad settings leave nothing behind.
-  target = paths.samples / 'samples.npz'
-  with files.atomic_write(target) as file:
-    np.savez(file, arr_0=images_, arr_1=labels)
-  shown = images_[:_GRID]
+  made_with = _settings_of(quantized, runner)
+
+  def begin() -> None:
+    trajectories.claim(paths.shards, made_with)
+    setup.begin(config, paths)
+
+  # Nothing is written before: bad settings leave nothing behind.
+  with processes.claimed(paths.shards):
+    processes.from_first('begin', begin)
+    sample_job.make(
+      runner,
+      functools.partial(labels_of, model, settings),
+      settings.num_images,
+      settings.batch_size or batch_size.choose(model, runner.program),
+      paths,
+    )
+    if processes.is_first():
+      _draw(paths)
+
+
+def _draw(paths: files.Workdir) -> None:
+  """Writes a picture of the first images."""
+  shown = next(image_sets.from_path(paths.all_samples).batches(_GRID))
   columns = max(1, int(np.ceil(np.sqrt(len(shown)))))
   scale = max(1, 64 // shown.shape[1])
-  images.save_png(
-    paths.samples / 'grid.png', images.grid(shown, columns, scale)
-  )
-  _log.info('Wrote %s and %s', target, paths.samples / 'grid.png')
+  picture = paths.samples / 'grid.png'
+  images.save_png(picture, images.grid(shown, columns, scale))
+  _log.info('Wrote %s and %s', paths.all_samples, picture)
+
+
+def _settings_of(
+  quantized: artifacts.Quantized, runner: 'Runner'
+) -> dict[str, Any]:
+  """Everything that image k depends on, but k."""
+  model = quantized.model
+  settings = setup.plain(model.config.sample)
+  found = {
+    **model.identity(),
+    'dtype': model.config.model.dtype,
+    'microbatch': settings['microbatch'],
+    'sampler': setup.plain(model.config.sampler),
+    'seed': model.config.seed,
+    'labels': settings['labels'] or 'balanced',
+    'quantized': settings['quantized'],
+  }
+  if settings['quantized']:
+    found |= {
+      'quant': artifacts.structure(model)['quant'],
+      'execution': model.config.quant.execution,
+      'quantizers': _digest(quantized.qstate),
+      'error_statistics': _digest(runner.inputs.correction_rows),
+      **statistics.corrected_with(model.config.sample),
+    }
+  return found
+
+
+def _digest(tree: Any) -> str:
+  """Short hash of arrays."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    array = np.asarray(leaf)
+    name = f'{jax.tree_util.keystr(path)} {array.dtype}{array.shape}'
+    digest.update(name.encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+  return digest.hexdigest()[:16]
 
 
 def _network(
@@ -78,9 +146,15 @@ def _network(
 
 
 def _check(settings: ml_collections.ConfigDict) -> None:
-  for name in ('num_images', 'batch_size', 'microbatch'):
-    if settings[name] < 1:
-      raise ValueError(f'sample.{name} is {settings[name]}; expected >= 1.')
+  for name, least in {
+    'num_images': 1,
+    'batch_size': 0,
+    'microbatch': 1,
+  }.items():
+    if settings[name] < least:
+      raise ValueError(
+        f'sample.{name} is {settings[name]}; expected >= {least}.'
+      )
   if settings.correction not in corrections.CORRECTIONS:
     raise ValueError(
       f'sample.correction {settings.correction!r}: expected one of '
@@ -107,11 +181,10 @@ def _warn_of_other_points(
     )
 
 
-def _labels(
-  model: setup.Model, settings: ml_collections.ConfigDict
+def labels_of(
+  model: setup.Model, settings: ml_collections.ConfigDict, index: np.ndarray
 ) -> np.ndarray:
-  """The labels of all images: given ones in a cycle, or balanced."""
-  index = np.arange(settings.num_images)
+  """The labels of images: given ones in a cycle, or balanced; int32[B]."""
   if not settings.labels:
     return generation.balanced_labels(
       model.config.seed, index, max(1, model.num_classes)
@@ -182,6 +255,23 @@ def generate(
   return np.concatenate(out), labels
 
 
+class Runner(NamedTuple):
+  """A compiled sampler with everything but image numbers and labels."""
+
+  program: generation.Program
+  inputs: generation.Inputs
+
+  def __call__(self, index: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Makes the images of one batch: {'images', 'latents'}."""
+    return self.program(self.inputs, index, labels)
+
+  def launch(
+    self, index: np.ndarray, labels: np.ndarray, room: int = 0
+  ) -> generation.Launched:
+    """Begins with a batch; see `generation.Program.launch`."""
+    return self.program.launch(self.inputs, index, labels, room=room)
+
+
 def batch_runner(
   quantized: artifacts.Quantized,
   correction: str,
@@ -189,7 +279,7 @@ def batch_runner(
   absorb: bool,
   microbatch: int,
   seed: int,
-) -> Any:
+) -> Runner:
   """(index, labels) -> {'images', 'latents'} of one batch."""
   model = quantized.model
   timesteps = generation.rows_of(model.ldm, model.sampler).t
@@ -211,8 +301,7 @@ def batch_runner(
     rows,
     noise.seed_key(seed),
   )
-  inputs = devices.replicate(inputs)
-  return lambda index, labels: program(inputs, index, labels)
+  return Runner(program, devices.replicate(inputs))
 
 
 def compare(
@@ -220,7 +309,7 @@ def compare(
   settings: ml_collections.ConfigDict,
   directory: pathlib.Path,
 ) -> pathlib.Path:
-  """Writes one picture: the same noise through four samplers, in rows."""
+  """Writes one picture: the same noise through all samplers, in rows."""
   model = quantized.model
   plain_model = artifacts.full_precision(model)
   given = np.asarray(settings.labels, np.int32)
@@ -237,6 +326,7 @@ def compare(
     bits: (quantized, 'none'),
     f'{bits}, S-D2': (quantized, 's-d2'),
     f'{bits}, D-D2': (quantized, 'd-d2'),
+    f'{bits}, auto': (quantized, 'auto'),
   }
   pictures, row_names = [], []
   for name, (source, correction) in rows.items():

@@ -22,15 +22,15 @@ from d2dpm_jax.diffusion import ddim, noise
 from d2dpm_jax.pipelines import artifacts, generation, setup, trajectories
 from d2dpm_jax.quantization import transform
 from d2dpm_jax.reporting import error_plots, plots
-from d2dpm_jax.runtime import devices, files, progress
+from d2dpm_jax.runtime import devices, files, processes, progress
 
 _log = logging.getLogger(__name__)
 
 TRAJECTORIES = ('fp', 'quantized')
 _LOGGED_ROWS = 10  # Of the table of held-out errors, at most.
 
-# Timestep -> chunks (eps_q, eps), float32[N, h, w, c].
-PairsAt = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]
+# Timestep -> chunks (eps_q, eps, x_t), float32[N, h, w, c].
+PointsAt = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]]
 
 
 class Statistics(NamedTuple):
@@ -78,7 +78,9 @@ def fit_errors(
     if model.config.statistics.trajectory == 'quantized'
     else _fit_full_precision
   )
-  found, pairs = fit(model, qstate, spool, paths)
+  found, points = fit(model, qstate, spool, paths)
+  if not processes.is_first():
+    return found
   table = selection.format_table(found.held_out)
   with files.atomic_write(paths.held_out_table, 'w') as file:
     file.write(f'{table}\n')
@@ -90,19 +92,19 @@ def fit_errors(
     paths.held_out_table,
     '\n'.join([header, *shown]),
   )
-  _draw(found, pairs, model.config.statistics.outlier_std, paths)
+  _draw(found, points, model.config.statistics.outlier_std, paths)
   return found
 
 
 def _draw(
-  found: Statistics, pairs: PairsAt, outlier_std: float, paths: files.Workdir
+  found: Statistics, points: PointsAt, outlier_std: float, paths: files.Workdir
 ) -> None:
-  """Writes the figures of `found`; `pairs` are what it was fitted on."""
+  """Writes the figures of `found`; `points` are what it was fitted on."""
   errors, held_out = found
   tensor = errors['tensor']
   counted = [
     error_plots.count_joint(
-      t, functools.partial(pairs, t), tensor, held_out, outlier_std
+      t, functools.partial(points, t), tensor, held_out, outlier_std
     )
     for t in error_plots.shown_timesteps(tensor.timesteps)
   ]
@@ -142,13 +144,13 @@ def corrected_with(settings: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def _fit(
-  timesteps: Sequence[int], pairs: PairsAt, model: setup.Model
+  timesteps: Sequence[int], points: PointsAt, model: setup.Model
 ) -> Statistics:
   settings, config = settings_of(model), model.config.statistics
   error_models = {
     kind: gaussian.fit(
       timesteps,
-      pairs,
+      points,
       channel_wise=kind == 'channel',
       outlier_std=config.outlier_std,
       settings=settings,
@@ -160,7 +162,7 @@ def _fit(
     selection.evaluate(
       error_models['tensor'],
       error_models['channel'],
-      pairs,
+      points,
       config.folds,
       config.outlier_std,
     ),
@@ -183,7 +185,7 @@ def _fit_full_precision(
   qstate: transform.QuantState,
   spool: trajectories.Trajectories,
   paths: files.Workdir,
-) -> tuple[Statistics, PairsAt]:
+) -> tuple[Statistics, PointsAt]:
   """On the trajectories as they are on disk."""
   config = model.config
   directory = paths.calibration / 'eps_q'
@@ -197,30 +199,34 @@ def _fit_full_precision(
   inputs = devices.replicate(
     generation.Inputs(params, state, None, noise.seed_key(config.seed))
   )
-  count = config.statistics.num_samples
-  with progress.progress('statistics', count, 'image') as bar:
-    for start, rows, batch in _batches(model, spool):
+  batches = processes.own(list(_batches(model, spool)))
+  total = sum(rows for _, rows, _ in batches)
+  with progress.progress('statistics', total, 'image') as bar:
+    for start, rows, batch in batches:
       reused = trajectories.has_array(directory, f'{start:06d}')
       if not reused:
         eps_q = program(inputs, batch.x[:rows], batch.labels[:rows])
         trajectories.write_array(directory, f'{start:06d}', eps_q)
       bar.update(rows, reused=reused)
+  processes.wait_for_all('statistics')
   # Opened here: steps are fitted in threads, and Python 3.11 cannot parse the
   # headers of files in several at once.
   opened = [
     (
       trajectories.read_array(directory, f'{start:06d}'),
       batch.eps[:rows],
+      batch.x[:rows],
     )
     for start, rows, batch in _batches(model, spool)
   ]
   steps = generation.rows_of(model.ldm, model.sampler).t.tolist()
 
-  def pairs(t: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  def points(t: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     step = steps.index(t)
-    return ((eps_q[:, step], eps[:, step]) for eps_q, eps in opened)
+    for eps_q, eps, x in opened:
+      yield eps_q[:, step], eps[:, step], x[:, step]
 
-  return _fit(steps, pairs, model), pairs
+  return _fit(steps, points, model), points
 
 
 def _step_inputs(
@@ -251,7 +257,7 @@ def _fit_quantized(
   qstate: transform.QuantState,
   spool: trajectories.Trajectories,
   paths: files.Workdir,
-) -> tuple[Statistics, PairsAt]:
+) -> tuple[Statistics, PointsAt]:
   """On trajectories of the quantized, corrected network.
 
   They begin where those of the spool do, with the same labels and the same
@@ -266,7 +272,8 @@ def _fit_quantized(
     'seed': config.seed,
     'microbatch': config.sample.microbatch,
   }
-  trajectories.claim(directory, {**settings_of(model), 'statistics': collected})
+  wanted = {**settings_of(model), 'statistics': collected}
+  processes.from_first('claim', lambda: trajectories.claim(directory, wanted))
   rows = generation.rows_of(model.ldm, model.sampler)
   networks = generation.pair_program(
     model.ldm, model.sampler, config.sample.microbatch
@@ -291,20 +298,24 @@ def _fit_quantized(
 
   steps = rows.t.tolist()
 
-  def pairs(t: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  def points(t: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     step = steps.index(t)
     for start, *_ in _batches(model, spool):
-      yield read(step, start, 'eps_q'), read(step, start, 'eps')
+      eps_q, eps, x = (
+        read(step, start, name) for name in ('eps_q', 'eps', 'x')
+      )
+      yield eps_q, eps, x
 
   found: list[Statistics] = []
-  total = config.statistics.num_samples * len(rows.t)
+  batches = processes.own(list(_batches(model, spool)))
+  total = sum(count for _, count, _ in batches) * len(rows.t)
   with progress.progress('statistics', total, 'evaluation') as bar:
     for step, t in enumerate(steps):
       here = _step_inputs(inputs, rows, step)
       if found:
         correct = _correction_row(found[-1], config.sample, rows.t[step - 1])
         before = _step_inputs(inputs, rows, step - 1, correct)
-      for start, count, batch in _batches(model, spool):
+      for start, count, batch in batches:
         names = ('x', 'eps', 'eps_q')
         stems = [f'{step:03d}.{start:06d}.{name}' for name in names]
         reused = all([trajectories.has_array(directory, s) for s in stems])
@@ -320,7 +331,8 @@ def _fit_quantized(
             trajectories.write_array(directory, stem, array)
         bar.update(count, reused=reused)
 
-      opened = list(pairs(t))  # Not in the threads that fit.
+      processes.wait_for_all('step')
+      opened = list(points(t))  # Not in the threads that fit.
       there = functools.partial(lambda opened, t: iter(opened), opened)
       found.append(_fit([t], there, model))
   joined = Statistics(
@@ -330,4 +342,4 @@ def _fit_quantized(
     },
     selection.HeldOut.join([f.held_out for f in found]),
   )
-  return joined, pairs
+  return joined, points

@@ -15,7 +15,7 @@ import numpy as np
 
 from d2dpm_jax.diffusion import noise
 from d2dpm_jax.pipelines import generation, setup
-from d2dpm_jax.runtime import devices, files, progress
+from d2dpm_jax.runtime import devices, files, processes, progress
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +88,8 @@ def collect(
 ) -> Trajectories:
   """Runs the full-precision sampler on `num_samples` labels.
 
+  Processes of one run make a part of the batches each.
+
   Args:
     model: what to run, with `model.sampler` and `model.config.seed`.
     num_samples: trajectories.
@@ -109,15 +111,28 @@ def collect(
     'balanced_labels': balanced,
     'dtype': model.config.model.dtype,
   }
-  claim(directory, settings)
+  processes.from_first('trajectories', lambda: claim(directory, settings))
   program = generation.trajectory_program(model.ldm, model.sampler, microbatch)
+  unit = microbatch * devices.mesh().size
+  if batch_size % unit and num_samples > batch_size:
+    _log.warning(
+      '--config.calibration.batch_size=%d leaves devices idle: they take %d '
+      'trajectories at a time.',
+      batch_size,
+      unit,
+    )
   inputs = devices.replicate(
     generation.Inputs(model.params, {}, None, noise_key(seed))
   )
   starts = tuple(range(0, num_samples, batch_size))
-  with progress.progress('trajectories', num_samples, 'image') as bar:
-    for start in starts:
-      index = np.arange(start, min(start + batch_size, num_samples))
+  batches = processes.own(
+    [np.arange(i, min(i + batch_size, num_samples)) for i in starts]
+  )
+  total = sum(map(len, batches))
+  with progress.progress('trajectories', total, 'image') as bar:
+    for index in batches:
+      processes.check()
+      start = index[0]
       names = [f'{start:06d}.{field}' for field in Batch._fields]
       reused = all([has_array(directory, name) for name in names])
       if not reused:
@@ -127,6 +142,7 @@ def collect(
         for name, array in zip(names, batch, strict=True):
           write_array(directory, name, array)
       bar.update(len(index), reused=reused)
+  processes.wait_for_all('trajectories')
   return Trajectories(directory, starts)
 
 
@@ -165,7 +181,7 @@ def claim(directory: pathlib.Path, settings: dict[str, Any]) -> None:
     saved = None
   if not isinstance(saved, dict):
     raise ValueError(
-      f'{marker} is damaged: delete {directory} and calibrate again.'
+      f'{marker} is damaged: delete {directory} and run the same command again.'
     )
   different = files.differences(saved, settings)
   if different:

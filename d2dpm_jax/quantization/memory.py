@@ -101,6 +101,25 @@ def predict(
   )
 
 
+_ROWS = 17  # Hardly ever the length of something else.
+
+
+def peak_per_row(fn: Callable[..., Any], *args: Any) -> float:
+  """Most bytes for a row of the batch that are alive at a time; runs nothing.
+
+  Args:
+    fn: what to run.
+    *args: shapes; `batched` makes those that have a row for every sample.
+  """
+  trace = jax.make_jaxpr(fn)(*args).jaxpr
+  return _peak(trace, _ROWS) / _ROWS
+
+
+def batched(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+  """An argument of `peak_per_row` with the shape of one row."""
+  return jax.ShapeDtypeStruct((_ROWS, *shape), dtype)
+
+
 def _variables(atoms: Sequence[Any]) -> list[Any]:
   return [atom for atom in atoms if not isinstance(atom, core.Literal)]
 

@@ -30,6 +30,8 @@ _STYLES = {
   'tensor gain+bias': (_BLUE, '-'),
   'channel bias': (_ORANGE, '--'),
   'channel gain+bias': (_VERMILLION, '-'),
+  'linear': (_PINK, '--'),
+  'linear+place': (_GREEN, '-'),
 }
 _UNIT = '[std of noise]'
 _BANDS = 2.0  # Standard errors.
@@ -129,7 +131,7 @@ def count_joint(
     outlier_std: as for the fit.
     most: elements that are looked at, unless one image has more.
   """
-  shapes = [np.shape(eps_q) for eps_q, _ in pairs()]
+  shapes = [np.shape(eps_q) for eps_q, *_ in pairs()]
   images = sum(shape[0] for shape in shapes)
   every = -(-images // max(1, most // math.prod(shapes[0][1:])))
   row = tensor.rows_of([timestep])[0]
@@ -355,7 +357,7 @@ def _thinned(
 ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
   """The pairs of the first of each `every` images."""
   first = 0
-  for eps_q, eps in pairs():
+  for eps_q, eps, *_ in pairs():
     start = -first % every
     first += len(eps_q)
     if start < len(eps_q):
@@ -397,7 +399,7 @@ def _lines(ax: mpl_axes.Axes, values: np.ndarray, kind: str) -> None:
 
 def _shown_candidates(held_out: selection.HeldOut) -> list[int]:
   """With a single channel, its candidates are those of the tensor."""
-  single = held_out.gain.shape[2] == 1
+  single = held_out.bias.shape[2] == 1
   return [
     k
     for k, name in enumerate(selection.CANDIDATES)

@@ -11,18 +11,26 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 DATA_AXIS = 'data'
 
 
-def configure() -> None:
-  """What JAX has to know before its first computation.
+# Options of XLA, but for those that XLA_FLAGS name.
+_OPTIONS = {
+  # Trying Triton's kernels for matrix products took two thirds of the time to
+  # compile a transformer block and made it no faster (H100, 2026-11-22): they
+  # are left to cuBLAS.
+  'xla_gpu_enable_triton_gemm': 'false',
+  # Processes would share out the trying of kernels and wait for each other's
+  # results, but they do not compile the same programs at the same time.
+  'xla_gpu_shard_autotuning': 'false',
+}
 
-  On GPUs matrix products are left to cuBLAS: trying Triton's kernels for them
-  took two thirds of the time to compile a transformer block and made it no
-  faster (H100, 2026-11-22). XLA_FLAGS that name the option win.
-  """
+
+def configure() -> None:
+  """What JAX has to know before its first computation."""
   use_compilation_cache()
-  flags = os.environ.get('XLA_FLAGS', '')
-  if 'xla_gpu_enable_triton_gemm' not in flags:
-    option = '--xla_gpu_enable_triton_gemm=false'
-    os.environ['XLA_FLAGS'] = f'{flags} {option}'.strip()
+  flags = os.environ.get('XLA_FLAGS', '').split()
+  for name, value in _OPTIONS.items():
+    if not any(name in flag for flag in flags):
+      flags.append(f'--{name}={value}')
+  os.environ['XLA_FLAGS'] = ' '.join(flags)
 
 
 def use_compilation_cache() -> None:
@@ -39,8 +47,19 @@ def use_compilation_cache() -> None:
 
 
 def mesh() -> Mesh:
-  """A one-axis mesh over every device of every process."""
-  return Mesh(np.asarray(jax.devices()), (DATA_AXIS,))
+  """A one-axis mesh over every device of this process; see `processes`."""
+  return Mesh(np.asarray(jax.local_devices()), (DATA_AXIS,))
+
+
+def free_memory() -> float | None:
+  """Bytes that every device has left; None where devices do not tell."""
+  free = []
+  for device in jax.local_devices():
+    stats = device.memory_stats() or {}
+    if 'bytes_limit' not in stats:
+      return None
+    free.append(float(stats['bytes_limit'] - stats.get('bytes_in_use', 0)))
+  return min(free)
 
 
 def replicate(tree: Any) -> Any:

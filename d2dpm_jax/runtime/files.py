@@ -59,6 +59,11 @@ class Workdir:
     return self.root / 'calibration'
 
   @property
+  def handed_over(self) -> pathlib.Path:
+    """Quantizers, from the process that learned them to the others."""
+    return self.calibration / 'quantizers'
+
+  @property
   def layer_table(self) -> pathlib.Path:
     """Bits of every layer."""
     return self.calibration / 'layers.txt'
@@ -113,6 +118,16 @@ class Workdir:
   @property
   def samples(self) -> pathlib.Path:
     return self.root / 'samples'
+
+  @property
+  def all_samples(self) -> pathlib.Path:
+    """All images in one file."""
+    return self.samples / 'samples.npz'
+
+  @property
+  def shards(self) -> pathlib.Path:
+    """Finished batches of images."""
+    return self.samples / 'shards'
 
   @property
   def metrics(self) -> pathlib.Path:

@@ -8,18 +8,24 @@ from contextlib import contextmanager
 import jax
 from tqdm import tqdm
 
+from d2dpm_jax.runtime import processes
+
 _LINE_EVERY_S = 10.0
 
 
 class Progress:
-  """Counts work; shows rate, time left and the latest loss or note."""
+  """Counts work; shows rate, time left and the latest loss or note.
+
+  Of several processes the first one alone shows anything.
+  """
 
   def __init__(self, name: str, total: int, unit: str):
     self._name, self._total, self._unit = name, total, unit
     self._done, self._reused, self._shown_done, self._note = 0, 0, -1, ''
     self._start = self._shown = time.perf_counter()
     self._bar = None
-    if sys.stderr.isatty():
+    self._shows = processes.is_first()
+    if self._shows and sys.stderr.isatty():
       self._bar = tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True)
 
   def update(self, n: int = 1, note: str = '', reused: bool = False) -> None:
@@ -42,6 +48,8 @@ class Progress:
 
   def _write_line(self) -> None:
     self._shown, self._shown_done = time.perf_counter(), self._done
+    if not self._shows:
+      return
     gone = self._shown - self._start
     rate = (self._done - self._reused) / max(gone, 1e-9)
     left = f'{(self._total - self._done) / rate:.0f}' if rate else '?'
@@ -100,7 +108,7 @@ class Times:
 
   def lines(self) -> list[str]:
     return [
-      f'{name:13} {seconds:8.1f} s, compiling {self.compiling[name]:.1f} s'
+      f'{name:20} {seconds:8.1f} s, compiling {self.compiling[name]:.1f} s'
       for name, seconds in self.seconds.items()
     ]
 

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from d2dpm_jax.runtime import files
+from d2dpm_jax.runtime import files, processes
 
 Params = dict[str, Any]
 
@@ -80,6 +80,16 @@ def load_safetensors(path: pathlib.Path) -> tuple[Params, dict[str, Any]]:
   return traverse_util.unflatten_dict(flat, sep='/'), meta
 
 
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """Orbax else waits for all processes of a run to write or read together."""
+  own = processes.index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=own,
+    active_processes={own},
+    barrier_sync_key_prefix=f'process{own}',
+  )
+
+
 def save_tree(path: pathlib.Path, tree: Any, meta: Mapping[str, Any]) -> None:
   """Writes a pytree with Orbax and its metadata beside it.
 
@@ -93,9 +103,12 @@ def save_tree(path: pathlib.Path, tree: Any, meta: Mapping[str, Any]) -> None:
   # By default Orbax holds all of it in memory once more before it writes.
   sizes = [getattr(leaf, 'nbytes', 0) for leaf in jax.tree.leaves(tree)]
   in_flight = max([_PIECE, *sizes]) + 1  # It counts in GB: may round down.
-  handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=in_flight / 1e9)
+  alone = _alone()
+  handler = ocp.PyTreeCheckpointHandler(
+    save_concurrent_gb=in_flight / 1e9, multiprocessing_options=alone
+  )
   pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), tree)
-  with ocp.Checkpointer(handler) as checkpointer:
+  with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
     checkpointer.save(
       path.absolute() / 'tree',
       args=ocp.args.PyTreeSave(
@@ -133,7 +146,9 @@ def load_tree(path: pathlib.Path) -> tuple[Any, dict[str, Any]]:
   """
   meta = load_meta(path)
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(
+      multiprocessing_options=_alone()
+    ) as checkpointer:
       structure = checkpointer.metadata(path.absolute() / 'tree')
       like = jax.tree.map(
         lambda leaf: np.zeros(leaf.shape, leaf.dtype),

@@ -16,6 +16,7 @@ _GOLDEN = pathlib.Path(__file__).parents[1] / (
   'golden/correction_trajectories.npz'
 )
 _DDIM = pathlib.Path(__file__).parents[1] / 'golden/ddim_trajectories.npz'
+_LATENT = (2, 5, 3)
 _LABELS = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
 _STATISTICS = (
   'mean_q',
@@ -67,8 +68,18 @@ def _held_out(*winners):
   """Statistics of `_model`, for which these candidates do best, in a cycle."""
   tensor, channel = _model('tensor'), _model('channel')
   steps, kinds = len(tensor.timesteps), len(selection.CANDIDATES)
-  shape = channel.mean_d.shape
-  gain, bias = selection._affine(tensor, channel, shape)
+  weights, bias = (np.zeros((steps, kinds, n, 3)) for n in (6, 1))
+  for k, name in enumerate(selection.CANDIDATES[1:5], 1):
+    model = tensor if name.startswith('tensor') else channel
+    given = model.conditional()
+    gains = given.gain if name.endswith('gain+bias') else 0 * given.gain
+    shift = given.bias if name.endswith('gain+bias') else model.mean_d
+    for c in range(3):
+      pick = (slice(None), c) if model is channel else slice(None)
+      weights[:, k, c, c], bias[:, k, 0, c] = gains[pick], shift[pick]
+  rng = np.random.default_rng(5)
+  weights[:, 5:] = rng.normal(size=(steps, 2, 6, 3)) * 0.1
+  bias[:, 5:] = rng.normal(size=(steps, 2, 1, 3)) * 0.1
   r2 = np.full((steps, kinds), -0.1)
   r2[:, 0] = 0
   for step in range(steps):
@@ -77,8 +88,9 @@ def _held_out(*winners):
   variance = channel.conditional().variance[:, None]
   return selection.HeldOut(
     timesteps=tensor.timesteps,
-    gain=np.moveaxis(gain, 0, 1),
-    bias=np.moveaxis(bias, 0, 1),
+    weights=weights,
+    bias=bias[:, :, 0],
+    place=rng.normal(size=(steps, *_LATENT)) * 0.1,
     left_variance=np.repeat(variance, kinds, 1),
     r2=r2,
     r2_about_mean=r2,
@@ -169,7 +181,7 @@ class TrajectoryTest(parameterized.TestCase):
     def step(x, row, correction_row, z, n):
       eps_q = eps_fn(x, jnp.full((4,), row.t), None)
       correct = correction.CORRECTIONS[kind]
-      eps, residual_variance = correct(eps_q, correction_row, n)
+      eps, residual_variance = correct(eps_q, x, correction_row, n)
       return ddim.ddim_step(x, eps, row, z, residual_variance)
 
     x = golden['x_T'].astype(np.float32)
@@ -233,7 +245,7 @@ class TruthTest(parameterized.TestCase):
     table = correction.correction_rows(model, kind, [1], kind == 's-d2')
     row = jax.tree.map(lambda leaf: leaf[0], table)
     noise = rng.normal(size=shape).astype(np.float32)
-    got, residual = correction.CORRECTIONS[kind](eps_q, row, noise)
+    got, residual = correction.CORRECTIONS[kind](eps_q, None, row, noise)
     axes = (0, 1, 2) if channel_wise else None
     left = np.asarray(got, np.float64) - eps
     before = np.mean(np.square(np.float64(eps_q) - eps), axes)
@@ -255,7 +267,8 @@ class AutoTest(parameterized.TestCase):
     """Same residual variances, so the same trajectory; eta 1 uses them."""
     auto, _ = _run('auto', _held_out('channel gain+bias'), eta)
     d_d2, _ = _run('d-d2', _model('channel'), eta)
-    np.testing.assert_array_equal(auto, d_d2)
+    # One sum of products for another, over twenty steps.
+    np.testing.assert_allclose(auto, d_d2, rtol=1e-5, atol=1e-5)
 
   def test_no_choice_is_plain_ddim_at_eta_0(self):
     (got, _), (want, _) = (
@@ -268,21 +281,30 @@ class AutoTest(parameterized.TestCase):
     names = selection.CANDIDATES
     model = _held_out(*names)
     table = correction.correction_rows(model, 'auto', model.timesteps)
+    rng = np.random.default_rng(0)
+    eps_q, x = rng.normal(size=(2, 4, *_LATENT)).astype(np.float32)
     channel, tensor = _model('channel'), _model('tensor')
-    ones, gain = np.ones((4, 3)), channel.conditional().gain
-    of_tensor = 1 - tensor.conditional().gain[:, None] * np.ones(3)
-    wants = {
-      'none': (ones, 0 * ones),
-      'tensor bias': (ones, tensor.mean_d[1::5, None] * np.ones(3)),
-      'tensor gain+bias': (of_tensor[2::5], None),
-      'channel bias': (ones, channel.mean_d[3::5]),
-      'channel gain+bias': ((1 - gain)[4::5], channel.conditional().bias[4::5]),
-    }
-    for k, name in enumerate(names):
-      scale, shift = wants[name]
-      np.testing.assert_allclose(table.scale[k::5, 0, 0], scale, rtol=1e-6)
-      if shift is not None:
-        np.testing.assert_allclose(table.shift[k::5, 0, 0], shift, rtol=1e-6)
+    for step in range(len(model.timesteps)):
+      name = names[step % len(names)]
+      row = jax.tree.map(lambda leaf, i=step: leaf[i], table)
+      got, residual = correction.auto(eps_q, x, row, None)
+      of = tensor if name.startswith('tensor') else channel
+      given = of.conditional()
+      if name == 'none':
+        want = np.zeros(3)
+      elif name.startswith('linear'):
+        k = names.index(name)
+        a, b = np.split(model.weights[step, k], 2)
+        want = eps_q @ a + x @ b + model.bias[step, k]
+        want = want + model.place[step] * (name == 'linear+place')
+      elif name.endswith('gain+bias'):
+        want = given.gain[step] * eps_q + given.bias[step]
+      else:
+        want = of.mean_d[step]
+      np.testing.assert_allclose(got, eps_q - want, rtol=1e-5, atol=1e-5)
+      np.testing.assert_allclose(
+        residual[0, 0], channel.conditional().variance[step], rtol=1e-6
+      )
 
 
 class RowsTest(parameterized.TestCase):
@@ -318,21 +340,23 @@ class RowsTest(parameterized.TestCase):
       tuple(inspect.signature(f).parameters)
       for f in correction.CORRECTIONS.values()
     }
-    self.assertEqual(names, {('eps_q', 'row', 'noise')})
+    self.assertEqual(names, {('eps_q', 'x', 'row', 'noise')})
 
   @parameterized.parameters(*correction.CORRECTIONS)
   def test_draws_noise_names_those_that_use_it(self, kind):
     model = _held_out('tensor bias') if kind == 'auto' else _model('tensor')
     table = correction.correction_rows(model, kind, [951])
     row = jax.tree.map(lambda leaf: leaf[0], table)
-    x = jnp.ones((1, 2, 2, 3))
+    x = jnp.ones((1, *_LATENT))
     fn = correction.CORRECTIONS[kind]
     if kind in correction.DRAWS_NOISE:
       with self.assertRaisesRegex(ValueError, 'noise is missing'):
-        fn(x, row, None)
-      self.assertGreater(np.abs(fn(x, row, x)[0] - fn(x, row, -x)[0]).max(), 0)
+        fn(x, x, row, None)
+      self.assertGreater(
+        np.abs(fn(x, x, row, x)[0] - fn(x, x, row, -x)[0]).max(), 0
+      )
     else:
-      np.testing.assert_array_equal(fn(x, row, None)[0], fn(x, row, x)[0])
+      np.testing.assert_array_equal(fn(x, x, row, None)[0], fn(x, x, row, x)[0])
 
   def test_refuses(self):
     model = _model('tensor')

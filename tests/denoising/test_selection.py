@@ -12,19 +12,23 @@ from d2dpm_jax.denoising import gaussian, selection
 _NAMES = selection.CANDIDATES
 
 
-def _evaluate(eps_q, eps, folds=4, outlier_std=np.inf, size=7, settings=None):
+def _evaluate(
+  eps_q, eps, folds=4, outlier_std=np.inf, size=7, settings=None, x=None
+):
   """Of one timestep; images come in chunks of `size`."""
+  if x is None:  # It tells nothing.
+    x = np.random.default_rng(9).normal(size=eps.shape)
 
-  def pairs(t):
+  def points(t):
     assert t == 1
     for i in range(0, len(eps), size):
-      yield eps_q[i : i + size], eps[i : i + size]
+      yield tuple(a[i : i + size] for a in (eps_q, eps, x))
 
   tensor, channel = (
-    gaussian.fit([1], pairs, channel_wise, outlier_std, settings)
+    gaussian.fit([1], points, channel_wise, outlier_std, settings)
     for channel_wise in (False, True)
   )
-  return selection.evaluate(tensor, channel, pairs, folds, outlier_std)
+  return selection.evaluate(tensor, channel, points, folds, outlier_std)
 
 
 def _pairs(draw, images=400, seed=0):
@@ -34,19 +38,35 @@ def _pairs(draw, images=400, seed=0):
   return eps_q, eps_q - draw(rng, eps_q)
 
 
-def _fit_by_hand(q, d, name, outlier_std):
-  """gain[3], bias[3] of a candidate, from whole arrays [N, H, W, 3]."""
+def _design(q, x, by_place):
+  """Rows (eps_q, x_t, what has an offset of its own), float64[N * H * W, _]."""
+  shape = q.shape[1:3]
+  places = np.eye(shape[0] * shape[1]).reshape(*shape, -1)
+  if not by_place:
+    places = np.ones((*shape, 1))
+  places = np.broadcast_to(places, (len(q), *places.shape))
+  return np.concatenate([q, x, places], -1)
+
+
+def _fit_by_hand(q, x, d, name, outlier_std):
+  """The prediction of a candidate, from whole arrays [N, H, W, 3]."""
+  if name.startswith('linear'):
+    by_place = name == 'linear+place'
+    known = _design(q, x, by_place)
+    flat = known.reshape(-1, known.shape[-1])
+    weights, *_ = np.linalg.lstsq(flat, d.reshape(-1, 3), rcond=None)
+    return lambda q, x: _design(q, x, by_place) @ weights
   gain, bias = np.zeros(3), np.zeros(3)
   groups = [slice(None)] if name.startswith('tensor') else [0, 1, 2]
   for group in groups if name != 'none' else []:
-    x, y = q[..., group].ravel(), d[..., group].ravel()
-    keep = np.abs(y - y.mean()) <= outlier_std * y.std()
-    x, y = x[keep], y[keep]
-    slope, offset = 0.0, y.mean()
+    a, b = q[..., group].ravel(), d[..., group].ravel()
+    keep = np.abs(b - b.mean()) <= outlier_std * b.std()
+    a, b = a[keep], b[keep]
+    slope, offset = 0.0, b.mean()
     if name.endswith('gain+bias'):
-      slope, offset = np.polyfit(x, y, 1)
+      slope, offset = np.polyfit(a, b, 1)
     gain[group], bias[group] = slope, offset
-  return gain, bias
+  return lambda q, x: gain * q + bias
 
 
 class HeldOutTest(parameterized.TestCase):
@@ -58,22 +78,20 @@ class HeldOutTest(parameterized.TestCase):
       ),
       images=20,
     )
-    found = _evaluate(eps_q, eps, folds, outlier_std)
+    x = 0.9 * eps_q + np.random.default_rng(3).normal(size=eps_q.shape)
+    found = _evaluate(eps_q, eps, folds, outlier_std, x=x)
     d = eps_q - eps
     image = np.arange(20)
     for k, name in enumerate(_NAMES):
       left = np.empty_like(d)
       for fold in range(folds):
         out = image % folds == fold
-        gain, bias = _fit_by_hand(eps_q[~out], d[~out], name, outlier_std)
-        left[out] = d[out] - gain * eps_q[out] - bias
-      gain, bias = _fit_by_hand(eps_q, d, name, outlier_std)
+        predict = _fit_by_hand(eps_q[~out], x[~out], d[~out], name, outlier_std)
+        left[out] = d[out] - predict(eps_q[out], x[out])
       of_image = np.sum(left**2, (1, 2, 3)), np.sum(d**2, (1, 2, 3))
       ratio = of_image[0].sum() / of_image[1].sum()
       spread = np.std(of_image[0] - ratio * of_image[1], ddof=1)
       want = dict(
-        gain=gain,
-        bias=bias,
         left_variance=np.var(left, (0, 1, 2)),
         r2=1 - ratio,
         r2_about_mean=1 - np.mean(left**2) / np.var(d),
@@ -83,6 +101,13 @@ class HeldOutTest(parameterized.TestCase):
         np.testing.assert_allclose(
           getattr(found, key)[0, k], value, rtol=1e-8, atol=1e-12, err_msg=name
         )
+      predict = _fit_by_hand(eps_q, x, d, name, outlier_std)
+      known = np.concatenate([eps_q, x], -1)
+      got = known @ found.weights[0, k] + found.bias[0, k]
+      if name == 'linear+place':
+        got = got + found.place[0]
+      want = np.broadcast_to(predict(eps_q, x), got.shape)
+      np.testing.assert_allclose(got, want, atol=1e-10, err_msg=name)
 
   def test_known_shares(self):
     """d = m_c + g q + noise: every share follows from the moments."""
@@ -100,6 +125,8 @@ class HeldOutTest(parameterized.TestCase):
       'tensor gain+bias': np.var(mean) + noise**2,
       'channel bias': gain**2 + noise**2,
       'channel gain+bias': noise**2,
+      'linear': noise**2,
+      'linear+place': noise**2,
     }
     about_mean = whole - mean.mean() ** 2
     # Four standard errors are 0.02 at most with 48 000 numbers.
@@ -110,7 +137,8 @@ class HeldOutTest(parameterized.TestCase):
       np.testing.assert_allclose(
         found.r2_about_mean[0, k], 1 - left[name] / about_mean, atol=0.02
       )
-    self.assertEqual(_NAMES[found.choice()[0]], 'channel gain+bias')
+    # The last ones may win by chance; there is nothing for them to find.
+    self.assertGreaterEqual(found.choice()[0], 4)
     last = _NAMES.index('channel gain+bias')
     np.testing.assert_allclose(
       found.left_variance[0, last], noise**2, rtol=0.05
@@ -127,10 +155,47 @@ class HeldOutTest(parameterized.TestCase):
     r2 = np.stack([s.r2[0] for s in sets])
     error = np.stack([s.standard_error[0] for s in sets])
     # A standard deviation of 40 numbers is good to 11 %, twice that allowed.
-    np.testing.assert_allclose(
-      r2.std(0, ddof=1)[1:], error.mean(0)[1:], rtol=0.35
-    )
-    np.testing.assert_array_equal(error[:, 0], 0)
+    spread, error = r2.std(0, ddof=1), error.mean(0)
+    np.testing.assert_allclose(spread[1:6], error[1:6], rtol=0.35)
+    # An offset for each place of 100 images: fits differ, too.
+    self.assertBetween(spread[6] / error[6], 1.0, 2.0)
+    self.assertEqual(error[0], 0)
+
+  def test_x_tells_what_eps_q_does_not(self):
+    """d is a mix of x_t's channels and a pattern in space, seen through noise.
+
+    Of eps_q = eps + d alone next to nothing can be told: d is a tenth of it.
+    """
+    rng = np.random.default_rng(2)
+    x, eps = rng.normal(size=(2, 300, 4, 4, 3))
+    mix = 0.1 * rng.normal(size=(3, 3))
+    pattern = 0.1 * rng.normal(size=(4, 4, 3))
+    pattern -= pattern.mean((0, 1))
+    noise = 0.05
+    d = x @ mix + pattern + noise * rng.normal(size=x.shape)
+    found = _evaluate(eps + d, eps, x=x)
+    whole = np.square(d).mean()
+    self.assertLess(found.r2[0, :5].max(), 0.2)
+    of_pattern = np.square(pattern).mean()
+    for name, left in (
+      ('linear', of_pattern + noise**2),
+      ('linear+place', noise**2),
+    ):
+      k = _NAMES.index(name)
+      # eps_q holds d, too: that tells a little more.
+      self.assertBetween(
+        found.r2[0, k], 1 - left / whole - 0.01, 1 - 0.9 * left / whole
+      )
+    self.assertEqual(_NAMES[found.choice()[0]], 'linear+place')
+    np.testing.assert_allclose(found.weights[0, -1, 3:], mix, atol=0.01)
+    np.testing.assert_allclose(found.place[0], pattern, atol=0.02)
+
+  def test_x_that_is_eps_q_is_no_trouble(self):
+    eps_q, eps = _pairs(lambda rng, q: 0.3 * q + rng.normal(size=q.shape), 50)
+    same = _evaluate(eps_q, eps, x=eps_q)
+    zero = _evaluate(eps_q, eps, x=0 * eps_q)
+    np.testing.assert_allclose(same.r2, zero.r2, rtol=1e-6, atol=1e-9)
+    self.assertLess(np.abs(same.weights).max(), 0.5)
 
   def test_few_images_overfit_and_that_is_seen(self):
     """In sample a bias looks good; other images do not share it."""
@@ -160,6 +225,10 @@ class HeldOutTest(parameterized.TestCase):
       _evaluate(eps_q[:1], eps[:1])
     with self.assertRaisesRegex(ValueError, 'folds is 1'):
       _evaluate(eps_q, eps, folds=1)
+    with self.assertRaisesRegex(ValueError, 'x_t .* and eps_q .* differ'):
+      _evaluate(eps_q, eps, x=eps_q[..., :1])
+    with self.assertRaisesRegex(ValueError, 'x_t holds values'):
+      _evaluate(eps_q, eps, x=eps_q * np.inf)
 
 
 class ChoiceTest(parameterized.TestCase):
@@ -196,7 +265,7 @@ class ChoiceTest(parameterized.TestCase):
     found = _evaluate(eps_q, eps)
     choices = [
       dataclasses.replace(
-        found, standard_error=np.full((1, 5), found.r2.max() / few)
+        found, standard_error=np.full((1, 7), found.r2.max() / few)
       ).choice()[0]
       for few in (1.9, 2.1)
     ]
@@ -216,14 +285,15 @@ class FileTest(parameterized.TestCase):
       np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
     with self.assertRaisesRegex(ValueError, 'bits: 4, not 8'):
       selection.HeldOut.load(path, {'bits': 8})
-    with self.assertRaisesRegex(ValueError, "'d2dpm_jax.held_out' version 1"):
+    with self.assertRaisesRegex(ValueError, "'d2dpm_jax.held_out' version 2"):
       gaussian.ErrorModel.load(path)
     for message, change in (
-      ('gain has shape', {'gain': np.zeros((1, 4, 3))}),
-      ('bias has shape', {'bias': np.zeros((1, 5, 2))}),
+      ('bias has shape', {'bias': np.zeros((1, 4, 3))}),
+      ('weights has shape', {'weights': np.zeros((1, 7, 3, 3))}),
+      ('place has shape', {'place': np.zeros((1, 4, 3))}),
       ('r2 has shape', {'r2': np.zeros((1, 4))}),
-      ('standard_error is negative', {'standard_error': -np.ones((1, 5))}),
-      ('not finite', {'r2': np.full((1, 5), np.nan)}),
+      ('standard_error is negative', {'standard_error': -np.ones((1, 7))}),
+      ('not finite', {'r2': np.full((1, 7), np.nan)}),
     ):
       with self.assertRaisesRegex(ValueError, message):
         dataclasses.replace(found, **change)

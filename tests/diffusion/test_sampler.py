@@ -114,7 +114,7 @@ class SampleTest(parameterized.TestCase):
     eps_fn, rows, x_T, noise_fn = _setup(20, 1.0)
     errors = jnp.arange(20.0)
 
-    def correct(eps_q, row, error):
+    def correct(eps_q, x, row, error):
       return eps_q + row['shift'] + 0 * error, 0.0
 
     x_0, seen = sampler.sample(
@@ -174,7 +174,7 @@ class SampleTest(parameterized.TestCase):
         rows,
         noise.initial_noise(key, index, shape),
         noise.noise_stream(key, index, shape),
-        lambda eps, row, error: (eps - row * error, 0.1),
+        lambda eps, x, row, error: (eps - row * error, 0.1),
         jnp.linspace(0, 0.1, 20),
         noise.noise_stream(key, index, shape, noise.Stream.ERROR),
       )

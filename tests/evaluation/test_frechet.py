@@ -68,6 +68,14 @@ def test_distance_is_that_of_the_evaluators_formula(dim):
   np.testing.assert_allclose(frechet.frechet_distance(b, a), want, rtol=1e-6)
 
 
+@pytest.mark.parametrize('counts', [(20, 20), (20, 300), (49, 51)])
+def test_distance_of_fewer_images_than_features_is_the_evaluators(counts):
+  """It adds to the diagonal only if the root is not finite, and it is."""
+  a, b = (_gaussian(_features(i, n, 50)) for i, n in enumerate(counts))
+  want = _evaluators_distance(a, b)
+  np.testing.assert_allclose(frechet.frechet_distance(a, b), want, rtol=1e-6)
+
+
 def test_distance_of_independent_features_is_known():
   rng = np.random.default_rng(0)
   means, deviations = rng.normal(size=(2, 9)), rng.uniform(0, 3, size=(2, 9))
@@ -104,3 +112,35 @@ def test_what_cannot_be_compared_is_refused():
     frechet.frechet_distance(a, b)
   with pytest.raises(ValueError, match='NaN'):
     frechet.frechet_distance(a, a._replace(mean=a.mean * np.nan))
+
+
+def test_how_rows_come_in_batches_has_no_effect():
+  x = np.random.default_rng(5).normal(size=(2500, 3)).astype(np.float32)
+
+  def gaussian(size):
+    moments = frechet.Moments(3)
+    for start in range(0, len(x), size):
+      moments.update(x[start : start + size])
+    assert moments.count == 2500
+    return moments.gaussian()
+
+  want = gaussian(2500)
+  np.testing.assert_allclose(
+    want.covariance, np.cov(x.T.astype(float)), rtol=1e-12
+  )
+  for size in (1, 7, 1024, 1030):
+    for a, b in zip(gaussian(size), want, strict=True):
+      np.testing.assert_array_equal(a, b)
+
+
+def test_reading_the_moments_changes_nothing():
+  x = np.random.default_rng(6).normal(size=(30, 3))
+  moments = frechet.Moments(3)
+  for row in x:
+    moments.update(row[None])
+    if moments.count > 1:
+      moments.gaussian()
+  np.testing.assert_allclose(moments.gaussian().mean, x.mean(0), rtol=1e-12)
+  np.testing.assert_allclose(
+    moments.gaussian().covariance, np.cov(x.T), rtol=1e-12
+  )

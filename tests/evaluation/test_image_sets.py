@@ -52,12 +52,30 @@ def test_arrays_in_memory():
 _BAD = {
   'float images': (
     dict(arr_0=np.zeros((2, 4, 4, 3))),
-    r'float64\[2, 4',
+    r'float64\[2, 4.*save x.round\(\).clip\(0, 255\).astype\(np.uint8\)',
   ),
-  'three axes': (dict(arr_0=np.zeros((2, 4, 4), np.uint8)), 'expected uint8'),
+  'int64': (
+    dict(arr_0=_images().astype(int)),
+    r'int64\[7, 4.*save x.astype\(np.uint8\)',
+  ),
+  'three axes': (
+    dict(arr_0=np.zeros((2, 4, 4), np.uint8)),
+    r'expected uint8.*save x\[..., None\]',
+  ),
+  'channels first': (
+    dict(arr_0=_images(shape=(3, 4, 4))),
+    r'save x.transpose\(0, 2, 3, 1\)',
+  ),
+  'statistics': (
+    dict(meta='{}', mu=np.zeros(3)),
+    'holds statistics, which serve as reference',
+  ),
   'four channels': (dict(arr_0=_images(shape=(4, 4, 4))), '1 or 3 channels'),
   'no images': (dict(arr_0=_images(0)), 'has no images'),
-  'another name': (dict(images=_images()), 'no array arr_0'),
+  'another name': (
+    dict(images=_images()),
+    r"no array arr_0, but \['images'\]; .* np.savez\(path, arr_0=images\)",
+  ),
   'pickled images': (dict(arr_0=np.array([{}, {}])), 'pickled'),
   'pickled labels': (
     dict(arr_0=_images(), arr_1=np.array([{}] * 7)),
@@ -87,7 +105,9 @@ def test_files_that_are_no_archives(tmp_path):
   with pytest.raises(ValueError, match='text.npz is no readable'):
     image_sets.from_path(tmp_path / 'text.npz')
   np.save(tmp_path / 'array.npy', _images())
-  with pytest.raises(ValueError, match='array.npy is no readable'):
+  with pytest.raises(
+    ValueError, match=r'array.npy is no readable .*np.savez\(path, arr_0=images'
+  ):
     image_sets.from_path(tmp_path / 'array.npy')
   with zipfile.ZipFile(tmp_path / 'zip.npz', 'w') as archive:
     archive.writestr('arr_0.npy', b'garbage')

@@ -9,7 +9,7 @@ import pytest
 
 from configs import imagenet, lsun_bedrooms, lsun_churches, mnist
 from d2dpm_jax.evaluation import features, references
-from d2dpm_jax.pipelines import evaluate
+from d2dpm_jax.pipelines import evaluate, judges, metrics_table
 from d2dpm_jax.runtime import files
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -67,7 +67,7 @@ def _small_net(path='', image_shape=(8, 8, 3)):
 def photographs(tmp_path, monkeypatch):
   """Files of small RGB images, and their config with a small network."""
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(evaluate.inception, 'inception_net', _small_net)
+  monkeypatch.setattr(judges.inception, 'inception_net', _small_net)
   rng = np.random.default_rng(3)
   fake = rng.integers(30, 220, (24, 8, 8, 3), np.uint8)
   real = rng.integers(0, 256, (40, 8, 8, 3), np.uint8)
@@ -149,6 +149,8 @@ def test_reference_batch_without_arrays_is_refused(photographs, names, message):
     (dict(mu=np.zeros(5, int)), 'mu as int64'),
     (dict(mu=np.full(5, np.nan)), 'NaN or infinity in mu'),
     (dict(mu=np.array([{}] * 5)), 'batch.npz is damaged'),
+    (dict(sigma=np.tri(5)), 'holds a sigma that is no covariance'),
+    (dict(sigma_s=-np.eye(48)), 'holds a sigma_s that is no covariance'),
     (dict(arr_0=np.zeros((9, 4, 4, 3), np.uint8)), r'\[4, 4, 3\].*\[8, 8, 3\]'),
     (dict(arr_0=np.zeros((9, 8, 8, 3))), r'float64.*uint8'),
   ],
@@ -272,7 +274,30 @@ def test_images_can_be_reconstructed_first(tmp_path, quick_compile):
   assert result['label_agreement'] is None  # There are no labels.
   assert 0 < result['fid'] < 0.5 * others['fid']
   assert result['samples'].endswith('reconstructed')
-  assert 'label agreement  -\n' in evaluate.table(result)
+  assert 'label agreement  -\n' in metrics_table.table(result)
+
+
+@pytest.mark.parametrize('place', ['samples', 'reference'])
+def test_one_image_is_named_before_work_begins(photographs, place, monkeypatch):
+  np.savez(
+    'one.npz',
+    **_reference_batch() | dict(arr_0=_reference_batch()['arr_0'][:1]),
+  )
+  monkeypatch.setattr(features, 'activations', None)
+  if place == 'reference':
+    photographs.evaluate.samples = 'fake.npz'
+  with pytest.raises(ValueError, match='one.npz holds 1 image; at least 2'):
+    _result(photographs, **{place: 'one.npz'})
+
+
+def test_labels_of_other_classes_are_named_before_work_begins(
+  tmp_path, monkeypatch
+):
+  path = tmp_path / 'x.npz'
+  np.savez(path, arr_0=_strokes(3), arr_1=np.array([0, 17, 3]))
+  monkeypatch.setattr(features, 'activations', None)
+  with pytest.raises(ValueError, match='x.npz has labels from 0 to 17.*0..9'):
+    evaluate.evaluate(_config(samples=str(path)), files.Workdir.at(tmp_path))
 
 
 def test_two_images_have_no_precision(tmp_path):
@@ -305,8 +330,8 @@ def test_settings_of_the_scores_reach_them(tmp_path):
 
 
 def test_shipped_reference_is_of_the_shipped_classifier():
-  net = evaluate._digit_net()
-  path = evaluate._embedded('mnist_reference.npz')
+  net = judges.digit_net()
+  path = judges.embedded('mnist_reference.npz')
   reference = references.load(path, net)  # Refuses another classifier's.
   vectors = reference.vectors.astype(np.float64)
   assert vectors.shape == (10_000, 128) and reference.count == 10_000
@@ -327,6 +352,7 @@ def test_shipped_reference_is_of_the_shipped_classifier():
     (dict(), 'no samples in'),
     (dict(samples='missing.npz'), 'no images at missing.npz'),
     (dict(samples='mnist:train[:13]'), 'there are 12 images'),
+    (dict(samples='mnist:val'), r"'mnist:val' names no images; .*mnist:test"),
     (dict(samples='mnist:train[:0]'), 'there are 12 images'),
     (dict(samples='mnist:train[:1]'), 'at least 2'),
     (dict(samples='mnist:test', reference=''), 'reference is not set'),

@@ -19,7 +19,7 @@ from d2dpm_jax.evaluation import (
   selfcheck,
   tfds_sets,
 )
-from d2dpm_jax.pipelines import evaluate, image_names
+from d2dpm_jax.pipelines import evaluate, image_names, judges, metrics_table
 from d2dpm_jax.runtime import files
 
 
@@ -57,7 +57,7 @@ def _save_pictures(folder, images):
 def config(tmp_path, monkeypatch):
   """Sets of small RGB images and a small network in Inception's place."""
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(evaluate.inception, 'inception_net', _small_net)
+  monkeypatch.setattr(judges.inception, 'inception_net', _small_net)
   for name, count in (('a', 20), ('b', 20), ('real', 40)):
     images = _images(count, count + ord(name[0]))
     np.savez(f'{name}.npz', arr_0=images, arr_1=np.arange(count) % 3)
@@ -77,7 +77,7 @@ def _of(name):
 
 
 def _numbers(result):
-  return {name: result[name] for name in evaluate._ROWS}
+  return {name: result[name] for name in metrics_table.ROWS}
 
 
 def test_pictures_are_judged_as_the_array_that_they_are(config, tmp_path):
@@ -166,11 +166,11 @@ def test_several_sets_are_columns_and_entries(config, tmp_path, capsys):
 
 def test_number_of_images_is_beside_every_table(config, monkeypatch):
   result = _result(config)
-  table = evaluate.table(result)
+  table = metrics_table.table(result)
   assert table.splitlines()[0].strip() == 'N = 20 (papers use 50000)'
   assert 'reference        40 of real.npz' in table.splitlines()
   full = dict(result, num_samples=50_000)
-  assert evaluate.table(full).splitlines()[0].strip() == 'N = 50000'
+  assert metrics_table.table(full).splitlines()[0].strip() == 'N = 50000'
   values = np.asarray(
     _apply(_small_net().params, _of('real.npz')).features, np.float64
   )
@@ -186,7 +186,7 @@ def test_number_of_images_is_beside_every_table(config, monkeypatch):
   batch = _result(config, reference='batch.npz')
   assert batch['num_reference'] == 20
   assert batch['num_reference_statistics'] is None
-  assert 'do not say of how many' in evaluate.table(batch)
+  assert 'do not say of how many' in metrics_table.table(batch)
   np.testing.assert_allclose(batch['fid'], result['fid'], rtol=1e-5)
 
 
@@ -202,7 +202,7 @@ def test_bootstrap_is_that_of_the_unrounded_features(config):
   assert result['fid_bootstrap'] == pytest.approx(want._asdict(), rel=1e-4)
   assert want.low < result['fid'] < want.high
   text = f'FID              {result["fid"]:.3f} (95 %: {want.low:.3f} to '
-  assert text in evaluate.table(result)
+  assert text in metrics_table.table(result)
   assert _result(config, bootstrap=0)['fid_bootstrap'] is None
 
 
@@ -222,7 +222,7 @@ def test_fidelity_is_to_the_other_samples(config):
     10 * np.log10(255**2 * 20 / 17 / errors.mean())
   )
   assert 0 < compared['feature_distance'] < 4
-  table = evaluate.table(result)
+  table = metrics_table.table(result)
   assert f'PSNR, mean       {psnr.mean():.2f} dB\n' in table
   assert 'identical        15.00%\n' in table
   assert 'feature distance ' in table and 'compared with    a.npz\n' in table
@@ -247,7 +247,7 @@ _BAD = {
   'no images': (dict(arr_0=_images(0, 0)), 'has no images'),
   'another size': (
     dict(arr_0=_images(4, 0, (9, 8, 3))),
-    r'\[9, 8, 3\].*takes \[8, 8, 3\]',
+    r'\[9, 8, 3\], but it is compared with images of \[8, 8, 3\]',
   ),
   'no array': (dict(images=_images(4, 0)), 'no array arr_0'),
   'too few labels': (
@@ -280,7 +280,7 @@ def test_network_that_returns_nan(config, monkeypatch):
     net.params['features'][:] = np.nan
     return net
 
-  monkeypatch.setattr(evaluate.inception, 'inception_net', broken)
+  monkeypatch.setattr(judges.inception, 'inception_net', broken)
   with pytest.raises(ValueError, match="network 'inception' returned NaN"):
     _result(config)
 
@@ -297,16 +297,21 @@ def test_network_that_returns_nan(config, monkeypatch):
     (dict(samples='a.npz,a.npz'), 'expected different names'),
     (dict(samples='a.npz,c.npz'), 'no images at c.npz'),
     (dict(samples='a.npz,b.npz', save_statistics='x.npz'), 'names 2'),
+    (dict(save_statistics='notes'), "'notes'; expected a file"),
+    (dict(save_statistics='a.npz/x.npz'), 'expected a file that can be'),
     (dict(fidelity='real.npz'), r'\[20, 8, 8, 3\].*\[40, 8, 8, 3\]'),
     (dict(fidelity='other.npz'), 'Image 0 is of class 0 in a.npz and .* 1 in'),
     (dict(samples='empty'), 'no .npz files and no pictures'),
     (dict(samples='notes'), 'notes/readme.md is no picture'),
     (dict(reference='tfds:x'), 'names no data set'),
+    (dict(samples='other'), 'work directory; its samples are other/samples'),
   ],
 )
 def test_bad_settings_leave_nothing_behind(config, tmp_path, settings, message):
   np.savez('other.npz', arr_0=_of('b.npz'), arr_1=np.ones(20, int))
   (tmp_path / 'empty').mkdir()
+  (tmp_path / 'other' / 'samples').mkdir(parents=True)
+  np.savez(tmp_path / 'other' / 'samples' / 'a.npz', arr_0=_of('a.npz'))
   _save_pictures(tmp_path / 'notes', _of('a.npz')[:2])
   (tmp_path / 'notes' / 'readme.md').write_text('text')
   config.evaluate.update(settings)

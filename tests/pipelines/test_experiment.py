@@ -19,9 +19,9 @@ from d2dpm_jax.evaluation import features
 from d2dpm_jax.models import latent_diffusion
 from d2dpm_jax.pipelines import (
   artifacts,
-  evaluate,
   experiment,
   experiment_grid,
+  judges,
   sample,
   setup,
   statistics,
@@ -116,7 +116,7 @@ def small_networks():
   }
   net = features.FeatureNet('digits', 'small', (8, 8, 1), 4, params, _apply)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(evaluate, '_digit_net', lambda: net)
+    patch.setattr(judges, 'digit_net', lambda: net)
     model = _model()
     patch.setattr(
       setup,
@@ -275,7 +275,7 @@ def test_images_are_those_of_mode_sample(finished):
   images, _ = sample.generate(
     artifacts.load(model, paths),
     np.arange(_IMAGES),
-    sample._labels(model, config.sample),
+    sample.labels_of(model, config.sample, np.arange(_IMAGES)),
     correction='d-d2',
     channel_wise=False,
     absorb=False,
@@ -515,6 +515,18 @@ def test_a_new_seed_joins_those_that_are_there(finished, copy):
   assert {name: new[name] for name in old} == old and len(new) == 18
 
 
+def test_quantizers_learn_on_a_sampler_that_has_no_cells(
+  finished, reference, tmp_path
+):
+  config = _config(
+    reference, samplers=_SAMPLERS[1:], learn_on=_SAMPLERS[0], seeds=(5,)
+  )
+  experiment.run(config, str(tmp_path))
+  paths = files.Workdir.at(tmp_path)
+  old, new = _numbers(_cells(finished.paths)), _numbers(_cells(paths))
+  assert new == {name: old[name] for name in new} and len(new) == 3
+
+
 @pytest.mark.parametrize(
   ('name', 'value', 'part'),
   [
@@ -574,6 +586,8 @@ def test_words_with_commas_are_several(reference):
     ({'samplers': ('eta0_20',)}, "experiment.samplers has 'eta0_20'"),
     ({'samplers': ('s3_eta0_2', 's3.0_eta0_2')}, 'is there more than once'),
     ({'samplers': ('s3_eta0_2000',)}, '2000'),
+    ({'learn_on': 'eta0_20'}, "experiment.learn_on has 'eta0_20'"),
+    ({'learn_on': 's3_eta0_2000'}, '2000'),
     ({'seeds': ()}, 'experiment.seeds is empty'),
     ({'corrections': ()}, 'experiment.corrections is empty'),
     ({'seeds': (0, 1, 0)}, 'experiment.seeds: 0 is there more than once'),
@@ -597,7 +611,7 @@ def test_what_cannot_be_judged(
   with pytest.raises(ValueError, match='evaluate.reference is not set'):
     experiment.run(config, str(tmp_path / 'work'))
   other = dataclasses.replace(small_networks, image_shape=(32, 32, 1))
-  monkeypatch.setattr(evaluate, '_digit_net', lambda: other)
+  monkeypatch.setattr(judges, 'digit_net', lambda: other)
   with pytest.raises(ValueError, match=re.escape('takes [32, 32, 1]')):
     experiment.run(_config(reference), str(tmp_path / 'work'))
   assert not (tmp_path / 'work').exists()

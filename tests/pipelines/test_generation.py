@@ -119,6 +119,36 @@ def test_an_image_depends_on_seed_number_and_label_alone(runners, name):
     assert distance.max(axis=(1, 2, 3)).min() > 1e-3, what
 
 
+@pytest.mark.parametrize('count', [1, 9, 33])
+def test_a_program_with_more_room_makes_the_same_images(tiny, count):
+  """8 devices, microbatches of 4: parts of one, and more than one each."""
+  run = sample.batch_runner(
+    artifacts.full_precision(tiny.model), 'none', False, False, 4, 0
+  )
+  index = np.arange(count, dtype=np.int32)
+  labels = generation.balanced_labels(0, index, tiny.model.num_classes)
+  launched = run.launch(index, labels, room=64)
+  want = run(index, labels)
+  for key, found in launched.fetch().items():
+    np.testing.assert_array_equal(found, want[key])
+  assert list(run.launch(index, labels, room=64).fetch('images')) == ['images']
+
+
+def test_batches_of_all_sizes_share_one_program(tiny):
+  run = sample.batch_runner(
+    artifacts.full_precision(tiny.model), 'none', False, False, 4, 0
+  )
+  index = np.arange(64, dtype=np.int32)
+  labels = generation.balanced_labels(0, index, tiny.model.num_classes)
+  sizes = [len(run.launch(index, labels).fetch('images')['images'])]
+  compiled = run.program._sharded._cache_size()
+  for count in (1, 8, 63):
+    launched = run.launch(index[:count], labels[:count], room=64)
+    sizes.append(len(launched.fetch('images')['images']))
+  assert sizes == [64, 1, 8, 63]
+  assert run.program._sharded._cache_size() == compiled
+
+
 @pytest.mark.parametrize('classes', [1, 4, 10])
 def test_labels_are_balanced_in_every_whole_block(classes):
   labels = generation.balanced_labels(3, np.arange(6 * classes), classes)

@@ -57,6 +57,7 @@ def test_one_message_says_which_file_to_get_and_where_to_put_it(
     '--config.evaluate.inception=PATH',
   ):
     assert part in text
+  assert '\n' not in text
 
 
 def test_converts_once(cache, tmp_path, monkeypatch):
@@ -131,7 +132,7 @@ def test_digest_is_of_the_numbers_and_not_of_the_file(tmp_path):
 def test_is_a_feature_network(tmp_path):
   path = tmp_path / 'mine.safetensors'
   _write(path)
-  net = inception.inception_net(path, (64, 48, 3), 'default')
+  net = inception.inception_net(path, (64, 48, 3))
   assert (net.name, net.classes) == ('inception', 1008)
   assert net.image_shape == (64, 48, 3)
   images = jax.ShapeDtypeStruct((5, *net.image_shape), np.uint8)
@@ -142,3 +143,18 @@ def test_is_a_feature_network(tmp_path):
   assert out.features.shape == (5, 2048)
   assert out.spatial.shape == (5, 17, 17, 7)
   assert out.logits.shape == (5, 1008)
+
+
+def test_random_weights_say_so(caplog):
+  first, other, again = (
+    inception.inception_net(f'random:{seed}', (8, 8, 3)) for seed in (0, 1, 0)
+  )
+  assert 'RANDOM weights' in first.name
+  assert 'good for timings only' in caplog.text
+  assert first.digest == again.digest != other.digest
+  # Signals keep their size.
+  kernel = first.params['Conv2d_1a_3x3']['conv']['kernel']
+  assert kernel.shape == (3, 3, 3, 2) and kernel.dtype == np.float32
+  assert abs(np.square(kernel).mean() * 27 / 2 - 1) < 0.5
+  with pytest.raises(ValueError, match='random:x: expected a seed'):
+    inception.inception_net('random:x', (8, 8, 3))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,12 @@ from helpers import contents
 
 from d2dpm_jax.denoising import correction as corrections
 from d2dpm_jax.models import latent_diffusion
-from d2dpm_jax.pipelines import artifacts, generation, sample
+from d2dpm_jax.pipelines import (
+  artifacts,
+  correction_cost,
+  generation,
+  sample,
+)
 
 pytestmark = pytest.mark.usefixtures('quick_compile')
 
@@ -72,6 +78,41 @@ def test_each_correction_and_option_changes_the_latents(with_noise):
   for a, b in itertools.combinations(latents, 2):
     distance = np.abs(latents[a] - latents[b]).max(axis=(1, 2, 3))
     assert distance.min() > 1e-4, f'{a} and {b} give the same'
+
+
+def test_what_corrections_cost(with_noise, monkeypatch, tmp_path):
+  """With a clock on which auto takes half as long again as all others."""
+  now, calls = [0.0], []
+
+  def run(runner, index, labels):
+    calls.append((len(index), labels.tolist()))
+    now[0] += 0.4 if runner.inputs.correction_rows is None else 0.5
+    if getattr(runner.inputs.correction_rows, 'weights', None) is not None:
+      now[0] += 0.1
+
+  monkeypatch.setattr(sample.Runner, '__call__', run)
+  monkeypatch.setattr(correction_cost.time, 'perf_counter', lambda: now[0])
+  model = with_noise.model
+  config = model.config.copy_and_resolve_references()
+  config.benchmark.repeats = 3
+  timed = dataclasses.replace(
+    with_noise, model=dataclasses.replace(model, config=config)
+  )
+  result = correction_cost.measure(timed)
+  unit = config.sample.microbatch * 8  # Devices.
+  kinds = len(corrections.CORRECTIONS)
+  assert len(calls) == kinds * 4 and {size for size, _ in calls} == {unit}
+  assert result['batch_size'] == unit
+  found = result['corrections']
+  assert found['none']['ms_per_step'] == pytest.approx(1000 * 0.4 / 4)
+  assert found['d-d2']['added_percent'] == pytest.approx(25)
+  assert found['auto']['added_percent'] == pytest.approx(50)
+  assert found['auto']['added_quartiles'] == pytest.approx([50] * 3)
+  text = correction_cost.table(result)
+  assert re.search(r'auto +150.0000 +50.00', text)
+  config.benchmark.repeats = 1
+  with pytest.raises(ValueError, match='benchmark.repeats is 1'):
+    correction_cost.measure(timed)
 
 
 def test_full_precision_needs_no_calibration_and_no_correction(tiny):
@@ -140,7 +181,9 @@ def test_labels_the_model_does_not_have(calibrated, labels):
 def test_given_labels_are_cycled_and_others_balanced(tiny):
   def labels(**overrides):
     model = tiny.with_config(**overrides)
-    return sample._labels(model, model.config.sample).tolist()
+    settings = model.config.sample
+    index = np.arange(settings.num_images)
+    return sample.labels_of(model, settings, index).tolist()
 
   assert labels(sample__labels=(3, 1), sample__num_images=5) == [3, 1, 3, 1, 3]
   found = labels(sample__num_images=12)
@@ -185,7 +228,7 @@ _WRONG = {
   'too many steps': (dict(sampler__steps=1000), '1000'),
   'absorption': (
     dict(sample__absorb_variance=True),
-    'absorb is an option of s-d2, not of d-d2',
+    'absorb is an option of s-d2, not of auto',
   ),
 }
 

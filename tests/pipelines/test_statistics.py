@@ -127,7 +127,10 @@ def _loop(model, x, labels, held_out):
       left = 0.0
     elif config.sample.correction == 'auto':
       best = held_out.choice()[step]
-      mu = held_out.gain[step, best] * eps_q + held_out.bias[step, best]
+      known = np.concatenate([eps_q, x], -1)
+      mu = known @ held_out.weights[step, best] + held_out.bias[step, best]
+      if selection.CANDIDATES[best] == 'linear+place':
+        mu = mu + held_out.place[step]
       left = held_out.left_variance[step, best]
     eps = eps_q - mu
     a, prev = alphas[t], alphas[_T[step + 1] if step < 3 else 0]
@@ -261,7 +264,7 @@ def test_killed_at_any_write_it_goes_on(toy, tmp_path, monkeypatch):
 
 def test_another_correction_is_refused(toy, tmp_path):
   _fit(toy(), tmp_path)
-  with pytest.raises(ValueError, match="correction: saved 'd-d2', now 'none'"):
+  with pytest.raises(ValueError, match="correction: saved 'auto', now 'none'"):
     _fit(toy(sample__correction='none'), tmp_path)
 
 

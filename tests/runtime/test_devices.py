@@ -45,13 +45,17 @@ def test_flags_of_the_user_are_kept(monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_autotune_level=2')
   devices.configure()
   flags = os.environ['XLA_FLAGS'].split()
-  assert flags[0] == '--xla_gpu_autotune_level=2' and len(flags) == 2
-  assert flags[1] == '--xla_gpu_enable_triton_gemm=false'
+  assert flags == [
+    '--xla_gpu_autotune_level=2',
+    '--xla_gpu_enable_triton_gemm=false',
+    '--xla_gpu_shard_autotuning=false',
+  ]
   devices.configure()
   assert os.environ['XLA_FLAGS'].split() == flags
   monkeypatch.setenv('XLA_FLAGS', '--xla_gpu_enable_triton_gemm=true')
   devices.configure()
-  assert os.environ['XLA_FLAGS'] == '--xla_gpu_enable_triton_gemm=true'
+  flags = os.environ['XLA_FLAGS'].split()
+  assert flags[0] == '--xla_gpu_enable_triton_gemm=true' and len(flags) == 2
 
 
 def test_a_batch_that_does_not_divide_keeps_every_row():
