@@ -177,16 +177,16 @@ def test_sampling_twice_gives_the_same_bits(finished):
   assert first == second
 
 
-def test_compare_draws_four_rows(finished, command):
+def test_compare_draws_five_rows(finished, command):
   with Image.open(command.workdir / 'samples' / 'compare.png') as picture:
     picture.load()
     pixels = np.asarray(picture.convert('RGB'))
   # Ten columns of 64 pixels, and names to the left and above.
-  assert pixels.shape[0] >= 4 * 64 + 24 and pixels.shape[1] >= 10 * 64 + 60
+  assert pixels.shape[0] >= 5 * 64 + 24 and pixels.shape[1] >= 10 * 64 + 60
   said = finished['said']['compare']
   for name in ('full precision', 'W4A8', 'S-D2', 'D-D2', 'auto'):
     assert name in said
-  assert said.count('dB PSNR') + said.count('equal') == 3
+  assert said.count('dB PSNR') + said.count('equal') == 4
 
 
 def test_sampling_leaves_the_calibration_as_it_was(finished):
