@@ -200,6 +200,9 @@ def _quant(weight_bits: int) -> ml_collections.ConfigDict:
   quant.edge_bits = 8  # weights and inputs of `edge_layers`
   quant.edge_layers = EDGE_LAYERS  # regex: first and last layers
   quant.float_layers = FLOAT_LAYERS  # regex: left in floating point
+  # What stays float in the quantized network (layers above, biases, norms) is
+  # rounded to this type, and stored in it: 'bfloat16' or 'float32'.
+  quant.float_dtype = 'bfloat16'
   quant.per_channel = True  # weight ranges per output channel or per tensor
   quant.weight_range = 'mse'  # 'mse' or 'max'
   quant.act_range = 'mse'  # 'mse' or 'max'
@@ -208,6 +211,17 @@ def _quant(weight_bits: int) -> ml_collections.ConfigDict:
   # the range is invisible to the network and runs away while sampling. 0 is
   # the searched range alone.
   quant.latent_range = 5.0
+
+  # How quantized layers compute: 'integer', int8 x int8 (docs/integer.md), or
+  # 'simulated', the same whole numbers in float32.
+  quant.execution = 'integer'
+  # What integer layers multiply in: 'int8', 'bfloat16' for the same whole
+  # numbers where a table says that it is faster ('auto'), or as measured: a
+  # layers.json of --mode benchmark.
+  quant.kernels = 'auto'
+  # Unpacks weights of 4 bits once per batch of images and not in every step:
+  # a little faster, for twice the memory. None does so on CPUs.
+  quant.unpack_first = ml_collections.config_dict.placeholder(bool)
 
   # Modules whose weights are reconstructed together (BRECQ's blocks); every
   # other quantized layer is reconstructed alone, with () all of them.
@@ -336,11 +350,18 @@ def _benchmark() -> ml_collections.ConfigDict:
   """What is measured."""
   benchmark = ml_collections.ConfigDict()
   # 'cost': size in MB and bit operations, from shapes alone (docs/cost.md);
+  # 'sampling': time and memory of `runs` at each of `batch_sizes`; 'layers':
+  # time of every kind of layer at the first of them (docs/performance.md);
   # 'corrections': what they add to a sampling step of a calibrated network;
   # 'job': images per second of --mode sample from end to end (docs/scale.md);
   # 'evaluation': how long --mode evaluate takes (docs/evaluate.md).
   benchmark.what = 'cost'
-  benchmark.repeats = 20  # of 'corrections'
+  # 'float32', 'bfloat16'; 'w8a8' computes in bfloat16 between layers that run
+  # on integers, 'w8a8-float32' in float32; 'w8a8-simulated' is what it says.
+  benchmark.runs = ('float32', 'bfloat16', 'w8a8', 'w4a8')
+  benchmark.batch_sizes = (16, 32, 64)  # images that a device has at once
+  benchmark.repeats = 5  # of 'sampling' and 'corrections': medians are told
+  benchmark.max_seconds = 480.0  # later no other run begins
   benchmark.num_images = 2_000  # that 'job' samples
   # Random images that 'evaluation' looks at, of the model's size.
   benchmark.num_samples = 50_000
@@ -388,6 +409,7 @@ def _set_paper_quantization(
   config.quant.latent_range = 0.0
   config.sample.correction = 'd-d2'
   config.quant.float_layers = float_layers
+  config.quant.float_dtype = 'float32'
   config.quant.reconstruction.update(batch_size=8, act_batch_size=16)
 
 

@@ -43,6 +43,13 @@ def load(
     ValueError: no such config or field.
     FileNotFoundError: its weights are not there.
   """
+  return setup.load(_config(name, overrides or {}))
+
+
+def _config(
+  name: str, overrides: Mapping[str, Any]
+) -> ml_collections.ConfigDict:
+  """That of a file of configs/; see `load`."""
   file, _, arg = name.partition(':')
   module = None
   if file.isidentifier() and importlib.util.find_spec(f'configs.{file}'):
@@ -52,8 +59,8 @@ def load(
     raise ValueError(f'There is no config {file!r} in configs/.')
   config = get_config(arg)
   config.lock()
-  _override(config, overrides or {})
-  return setup.load(config)
+  _override(config, overrides)
+  return config
 
 
 def _override(
@@ -100,12 +107,16 @@ def calibrate(
     return calibration.calibrate(model, files.Workdir.at(workdir))
 
 
-def load_quantized(model: Model, workdir: str | os.PathLike[str]) -> Quantized:
+def load_quantized(
+  model: Model | str, workdir: str | os.PathLike[str]
+) -> Quantized:
   """Reads a calibration that the command line or `calibrate` made.
 
   Args:
-    model: the full-precision model; bits and calibration settings are taken
-      from the work directory.
+    model: the full-precision model, or the name of a config, as in `load`:
+      then its weights are taken from the work directory, and its checkpoint
+      need not be there. Bits and calibration settings are always those of the
+      work directory.
     workdir: where the calibration is.
 
   Raises:
@@ -114,9 +125,12 @@ def load_quantized(model: Model, workdir: str | os.PathLike[str]) -> Quantized:
   """
   paths = files.Workdir.at(workdir)
   saved = artifacts.saved_settings(paths)
-  config = model.config.copy_and_resolve_references()
+  source = _config(model, {}) if isinstance(model, str) else model.config
+  config = source.copy_and_resolve_references()
   config.quant.update(saved['quant'])
   config.sampler.update(saved['sampler'])
+  if isinstance(model, str):
+    return artifacts.load_alone(config, paths)
   return artifacts.load(dataclasses.replace(model, config=config), paths)
 
 

@@ -225,6 +225,7 @@ def test_what_one_of_two_refuses_ends_both(tmp_path):
   assert found == before
 
 
+@pytest.mark.slow
 def test_two_processes_calibrate_as_one(tmp_path):
   """Arrays on disk are those of one process, bit for bit."""
   settings = [

@@ -8,6 +8,8 @@ from d2dpm_jax.pipelines import (
   correction_cost,
   cost,
   evaluation_timing,
+  layer_speed,
+  speed,
   throughput,
 )
 from d2dpm_jax.runtime import files
@@ -16,6 +18,8 @@ REPORTS: dict[
   str, Callable[[ml_collections.ConfigDict, files.Workdir], None]
 ] = {
   'cost': cost.report,
+  'sampling': speed.report,
+  'layers': layer_speed.report,
   'corrections': correction_cost.report,
   'evaluation': evaluation_timing.report,
   'job': throughput.report,

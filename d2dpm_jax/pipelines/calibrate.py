@@ -86,6 +86,7 @@ def run_phases(
   quantized = artifacts.Quantized(model, qstate, *errors)
   if processes.is_first():
     artifacts.save(quantized, paths)
+    artifacts.log_sizes(quantized)
   for line in times.lines():
     _log.info(line)
   return quantized
@@ -99,6 +100,7 @@ def _quantizers(
   if processes.is_first():
     # Off the device that learned it: sampling runs on all of them.
     qstate = jax.device_get(quantize.quantize(model, spool, paths))
+    qstate = transform.pack_state(qstate)
     if several:
       tree = transform.state_to_arrays(qstate)
       # Orbax takes '/' in a name for a folder.
@@ -138,6 +140,8 @@ def check(model: setup.Model) -> None:
       f'statistics.outlier_std is {config.statistics.outlier_std}; expected '
       '> 0.'
     )
+  generation.check_execution(config.quant.execution)
+  generation.float_type(config.quant.float_dtype)
   statistics.check(config)
   generation.rows_of(model.ldm, model.sampler)
   quantize.reconstruction_settings(config.quant)
@@ -155,6 +159,8 @@ def settings(model: setup.Model) -> dict[str, Any]:
   groups = {name: setup.plain(model.config[name]) for name in names}
   for name in _PLACE:
     del groups['quant']['reconstruction'][name]
+  for name in ('execution', 'kernels', 'unpack_first'):  # The same numbers.
+    del groups['quant'][name]
   return {
     **artifacts.structure(model),
     **groups,

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from d2dpm_jax.pipelines import layer_bits, setup
+from d2dpm_jax.pipelines import generation, layer_bits, setup
 from d2dpm_jax.quantization import cost, policy, transform
 from d2dpm_jax.runtime import files
 
@@ -103,7 +103,11 @@ def measure(config: ml_collections.ConfigDict) -> dict[str, Any]:
         'bops': each.bops,
       }
     unet = cost.network_bytes(
-      model.params['unet'], layers, bits, quant.per_channel
+      model.params['unet'],
+      layers,
+      bits,
+      quant.per_channel,
+      generation.float_type(quant.float_dtype).itemsize,
     )
     rest = cost.array_bytes(model.params) - cost.array_bytes(
       model.params['unet']

@@ -38,7 +38,6 @@ from d2dpm_jax.pipelines import (
   trajectories,
 )
 from d2dpm_jax.pipelines.experiment_grid import Cell, Grid
-from d2dpm_jax.quantization import transform
 from d2dpm_jax.reporting import plots, tables
 from d2dpm_jax.runtime import devices, files, progress
 
@@ -239,6 +238,7 @@ def _settings(bench: Bench, cell: Cell) -> dict[str, Any]:
   if cell.quantizer:
     found['correction'] = cell.correction
     found['statistics'] = cell.statistics
+    found['execution'] = config.quant.execution
     found['absorb_variance'] = _absorbs(bench, cell)
     found['calibration'] = _calibration_settings(
       bench, cell.sampler, cell.quantizer, cell.bits
@@ -302,7 +302,7 @@ def _make_cells(bench: Bench, sampler: str, cells: _Cells) -> None:
     if not rest:
       continue
     quantized = _calibrated(bench, sampler, rest[0].quantizer, rest[0].bits)
-    quantized = _on_device(_with_float_weights(quantized))
+    quantized = _on_device(_executable(quantized))
     for cell in rest:
       sampled = _sample(bench, quantized, cell, cells)
       _write(bench, cell, sampled, references[cell.seed])
@@ -352,22 +352,13 @@ def _calibrated(
   return calibrate.run_phases(model, paths, spool_at, qstate)
 
 
-def _with_float_weights(quantized: artifacts.Quantized) -> artifacts.Quantized:
-  """The same network with weights as floats on their grids.
-
-  Then weights of all widths are arrays of one kind, for one program.
-  """
-  model = quantized.model
-  variables = transform.dequantize_variables(
-    {'params': model.params['unet']}, quantized.qstate
-  )
-  params = {**model.params, 'unet': variables['params']}
-  qstate = {
-    path: transform.LayerState(weight=None, act=layer['act'])
-    for path, layer in quantized.qstate.items()
-  }
+def _executable(quantized: artifacts.Quantized) -> artifacts.Quantized:
+  """The same network as programs take it; see `config.quant.execution`."""
+  prepared = quantized.executable()
+  params = quantized.network_params()
+  model = dataclasses.replace(quantized.model, params=params)
   return dataclasses.replace(
-    quantized, model=dataclasses.replace(model, params=params), qstate=qstate
+    quantized, model=model, qstate={}, prepared=prepared
   )
 
 
@@ -376,7 +367,10 @@ def _on_device(quantized: artifacts.Quantized) -> artifacts.Quantized:
   model = quantized.model
   model = dataclasses.replace(model, params=devices.replicate(model.params))
   qstate = devices.replicate(quantized.qstate)
-  return dataclasses.replace(quantized, model=model, qstate=qstate)
+  prepared = devices.replicate(quantized.prepared)
+  return dataclasses.replace(
+    quantized, model=model, qstate=qstate, prepared=prepared
+  )
 
 
 def _sample(

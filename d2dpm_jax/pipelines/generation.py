@@ -8,7 +8,7 @@ amplifies that bit; with a fixed microbatch an image is the same in any batch.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +18,15 @@ from jax.sharding import PartitionSpec as P
 
 from d2dpm_jax.denoising import correction as corrections
 from d2dpm_jax.diffusion import ddim, noise, sampler, schedule
+from d2dpm_jax.models import folding
 from d2dpm_jax.models.latent_diffusion import LatentDiffusion
-from d2dpm_jax.quantization import transform
+from d2dpm_jax.quantization import integer, transform
 from d2dpm_jax.runtime import devices, images
 
 Array = jax.Array
+
+EXECUTIONS = ('simulated', 'integer')  # Of quantized layers.
+FLOAT_DTYPES = ('float32', 'bfloat16')  # Of what is not quantized.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Inputs(NamedTuple):
   """Arguments of a program that are the same for every image."""
 
   params: Any  # Of the LatentDiffusion.
-  qstate: Any  # Quantizers, or {} for the full-precision network.
+  qstate: Any  # Of `executable`, or {} for the full-precision network.
   correction_rows: Any  # Of denoising.correction, or None.
   key: Array  # Root of all noise.
 
@@ -48,6 +52,78 @@ class StepInputs(NamedTuple):
 
   inputs: Inputs  # `correction_rows` is one row, like `row`.
   row: ddim.Rows  # Scalars.
+
+
+def check_execution(execution: str) -> None:
+  """Raises ValueError for an unknown `quant.execution`."""
+  if execution not in EXECUTIONS:
+    raise ValueError(
+      f'quant.execution {execution!r}: expected one of {list(EXECUTIONS)}.'
+    )
+
+
+def executable(
+  qstate: transform.QuantState,
+  execution: str,
+  in_bfloat16: Collection[str] = (),
+  unpack_first: bool | None = None,
+) -> integer.IntegerState:
+  """Quantizers as programs take them.
+
+  Args:
+    qstate: quantizers.
+    execution: 'simulated' or 'integer', see `config.quant.execution`.
+    in_bfloat16: see `integer.prepare`.
+    unpack_first: likewise; None does so on CPUs.
+
+  Raises:
+    ValueError: an unknown `execution`.
+  """
+  check_execution(execution)
+  if execution == 'simulated':
+    return integer.simulate(qstate)
+  if unpack_first is None:
+    unpack_first = jax.default_backend() == 'cpu'
+  return integer.prepare(qstate, in_bfloat16, unpack_first)
+
+
+def float_type(name: str) -> np.dtype:
+  """Type of the numbers that stay float in a quantized network.
+
+  Raises:
+    ValueError: an unknown `quant.float_dtype`.
+  """
+  if name not in FLOAT_DTYPES:
+    raise ValueError(
+      f'quant.float_dtype {name!r}: expected one of {list(FLOAT_DTYPES)}.'
+    )
+  return jnp.dtype(name)
+
+
+def network_params(
+  params: Any, qstate: integer.IntegerState, float_dtype: str
+) -> Any:
+  """Parameters for the quantized network.
+
+  Args:
+    params: of the LatentDiffusion.
+    qstate: of `executable`; {} is the full-precision network.
+    float_dtype: `config.quant.float_dtype`.
+
+  Returns:
+    `params` without the U-Net's kernels that `qstate` holds as codes; what is
+    left of the U-Net is rounded to `float_dtype`.
+  """
+  if not qstate:
+    return params
+  variables = integer.without_kernels({'params': params['unet']}, qstate)
+  dtype = float_type(float_dtype)
+  unet = jax.tree.map(
+    # Empty ones stand for dequantized kernels, which are float32.
+    lambda x: x.astype(dtype) if x.size else x,
+    variables['params'],
+  )
+  return {**params, 'unet': unet}
 
 
 def rows_of(ldm: LatentDiffusion, settings: SamplerSettings) -> ddim.Rows:
@@ -82,31 +158,63 @@ def _eps_fn(
   settings: SamplerSettings,
   inputs: Inputs,
   labels: Array,
-) -> Callable[[Array, Array, Any], Array]:
-  """The guided network of one microbatch, quantized if there is a qstate."""
+  timesteps: Any,
+) -> tuple[sampler.EpsFn, Any]:
+  """The guided network of one microbatch, quantized if there is a qstate.
+
+  Args:
+    ldm: the architecture.
+    settings: whose guidance scale.
+    inputs: parameters and quantizers.
+    labels: int32[B].
+    timesteps: int[S], all that it will be called with.
+
+  Returns:
+    The `eps_fn` of `sampler.sample`, and the tables [S, ..] whose rows it gets.
+  """
   variables = {'params': inputs.params['unet']}
-  acts: transform.QuantState = {}
-  if inputs.qstate:
+  simulated: transform.QuantState = {
+    path: layer
+    for path, layer in inputs.qstate.items()
+    if not isinstance(layer, integer.IntegerLayer)
+  }
+  layers = integer.ready(inputs.qstate)
+  if simulated:
     # Weights are dequantized here, once, and not in every sampling step.
-    variables = transform.dequantize_variables(variables, inputs.qstate)
-    acts = {
+    variables = transform.dequantize_variables(variables, simulated)
+    layers |= {
       path: transform.LayerState(weight=None, act=layer['act'])
-      for path, layer in inputs.qstate.items()
+      for path, layer in simulated.items()
     }
-  apply = transform.quantize(ldm.unet.apply)
+  apply = functools.partial(integer.apply(ldm.unet.apply), variables, layers)
+  given = None
+  if ldm.cond_stage is not None:
+    null = jnp.full([1], ldm.null_label, jnp.int32)
+    given = ldm.context(inputs.params, jnp.append(labels, null))
+  constants = folding.compute(
+    apply, ldm.latent_shape, jnp.asarray(timesteps), given
+  )
 
-  def network(x, t, context, _):
-    return apply(variables, acts, x, t, context)
+  def network(x, t, by_image, by_step):
+    # What attends to it is folded, but the network wants to see a context.
+    context = None if given is None else jnp.zeros((len(x), *given.shape[1:]))
+    row = folding.Constants(by_step, by_image)
+    return folding.apply(apply, row, x, t, context)
 
-  if ldm.cond_stage is None:
-    return ddim.classifier_free(network, settings.guidance_scale)
-  null = jnp.full([1], ldm.null_label, jnp.int32)
-  return ddim.classifier_free(
+  if given is None:
+    return (
+      ddim.classifier_free(
+        lambda x, t, _, row: network(x, t, {}, row), settings.guidance_scale
+      ),
+      constants.by_step,
+    )
+  eps_fn = ddim.classifier_free(
     network,
     settings.guidance_scale,
-    ldm.context(inputs.params, labels),
-    ldm.context(inputs.params, null),
+    jax.tree.map(lambda a: a[:-1], constants.by_image),
+    jax.tree.map(lambda a: a[-1:], constants.by_image),
   )
+  return eps_fn, constants.by_step
 
 
 class Launched:
@@ -208,9 +316,27 @@ class Program:
         Whole microbatches without images cost no time: one program serves
         batches of all sizes.
     """
+    shape, filled = self._fill(arrays, room)
+    steps = np.int32(shape[2] // self._microbatch)
+    out = self._sharded(inputs, steps, filled, len(arrays))
+    return Launched(out, shape, len(arrays[0]))
+
+  def lower(self, inputs: Inputs | StepInputs, *arrays: np.ndarray) -> Any:
+    """Traces for a batch of whole microbatches on all devices.
+
+    Returns:
+      What `compile()` makes a function of: (inputs, steps, arrays) -> results,
+      steps being int32[], the microbatches of a device.
+    """
+    _, filled = self._fill(arrays, 0)
+    return self._sharded.lower(inputs, np.int32(1), filled, len(arrays))
+
+  def _fill(
+    self, arrays: tuple[np.ndarray, ...], room: int
+  ) -> tuple[tuple[int, int, int], tuple[np.ndarray, ...]]:
+    """`Launched.shape`, and the arrays with rows for all of it."""
     count = len(arrays[0])
-    steps = -(-count // self.unit)
-    used = steps * self._microbatch
+    used = -(-count // self.unit) * self._microbatch
     shape = (self._devices, max(used, -(-room // self.unit) * self._microbatch))
 
     def padded(a: np.ndarray) -> np.ndarray:
@@ -223,10 +349,7 @@ class Program:
         a = np.concatenate([a, behind], 1).reshape(-1, *a.shape[2:])
       return a
 
-    out = self._sharded(
-      inputs, np.int32(steps), tuple(map(padded, arrays)), len(arrays)
-    )
-    return Launched(out, (*shape, used), count)
+    return (*shape, used), tuple(map(padded, arrays))
 
   def __call__(self, inputs: Inputs | StepInputs, *arrays: np.ndarray) -> Any:
     """Runs a batch of any size."""
@@ -254,19 +377,33 @@ def sample_program(
       noise.noise_stream, inputs.key, index, ldm.latent_shape
     )
     draws = correction in corrections.DRAWS_NOISE
+    eps_fn, tables = _eps_fn(ldm, settings, inputs, labels, rows.t)
     latents = sampler.sample(
-      _eps_fn(ldm, settings, inputs, labels),
+      eps_fn,
       rows,
       noise.initial_noise(inputs.key, index, ldm.latent_shape),
       noise_fn=stream() if settings.eta else None,
       correct=correct,
       correction_rows=inputs.correction_rows,
       error_noise_fn=stream(noise.Stream.ERROR) if draws else None,
+      tables=tables,
     )
     decoded = ldm.decode(inputs.params, latents)
     return {'images': images.to_uint8(decoded), 'latents': latents}
 
   return Program(microbatch, microbatch_fn)
+
+
+@functools.lru_cache(maxsize=8)
+def decode_program(ldm: LatentDiffusion, microbatch: int) -> Program:
+  """Compiles latents -> images, the end of `sample_program`.
+
+  Returns:
+    (Inputs, latents float32[B,h,w,c]) -> uint8[B,H,W,C].
+  """
+  return Program(
+    microbatch, lambda inputs, z: images.to_uint8(ldm.decode(inputs.params, z))
+  )
 
 
 @functools.lru_cache(maxsize=8)
@@ -284,11 +421,13 @@ def trajectory_program(
   def microbatch_fn(inputs: Inputs, index: Array, labels: Array):
     shape = ldm.latent_shape
     stream = noise.noise_stream(inputs.key, index, shape)
+    eps_fn, tables = _eps_fn(ldm, settings, inputs, labels, rows.t)
     _, seen = sampler.sample(
-      _eps_fn(ldm, settings, inputs, labels),
+      eps_fn,
       rows,
       noise.initial_noise(inputs.key, index, shape),
       noise_fn=stream if settings.eta else None,
+      tables=tables,
       collect=lambda step: {'x': step.x, 'eps': step.eps},
     )
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), seen)
@@ -308,13 +447,13 @@ def eps_program(
   rows = rows_of(ldm, settings)
 
   def microbatch_fn(inputs: Inputs, x: Array, labels: Array):
-    eps_fn = _eps_fn(ldm, settings, inputs, labels)
+    eps_fn, tables = _eps_fn(ldm, settings, inputs, labels, rows.t)
 
     def step(_, scanned):
-      x_t, t = scanned
-      return None, eps_fn(x_t, jnp.full(x_t.shape[:1], t, jnp.int32), None)
+      x_t, t, table = scanned
+      return None, eps_fn(x_t, jnp.full(x_t.shape[:1], t, jnp.int32), table)
 
-    _, eps = jax.lax.scan(step, None, (jnp.moveaxis(x, 1, 0), rows.t))
+    _, eps = jax.lax.scan(step, None, (jnp.moveaxis(x, 1, 0), rows.t, tables))
     return jnp.moveaxis(eps, 0, 1)
 
   return Program(microbatch, microbatch_fn)
@@ -328,16 +467,23 @@ def pair_program(
 
   Returns:
     (StepInputs, x float32[B,h,w,c], labels int32[B]) -> {'eps', 'eps_q'}, each
-    float32[B,h,w,c].
+    float32[B,h,w,c]. The parameters have one entry more, 'full': those of the
+    U-Net in full precision.
   """
 
   def microbatch_fn(step: StepInputs, x: Array, labels: Array):
-    networks = {'eps': step.inputs._replace(qstate={}), 'eps_q': step.inputs}
-    t = jnp.full(x.shape[:1], step.row.t, jnp.int32)
-    return {
-      name: _eps_fn(ldm, settings, inputs, labels)(x, t, None)
-      for name, inputs in networks.items()
+    params = step.inputs.params
+    full = {**params, 'unet': params['full']}
+    networks = {
+      'eps': step.inputs._replace(params=full, qstate={}),
+      'eps_q': step.inputs,
     }
+    t = jnp.full(x.shape[:1], step.row.t, jnp.int32)
+    out = {}
+    for name, inputs in networks.items():
+      eps_fn, tables = _eps_fn(ldm, settings, inputs, labels, t[:1])
+      out[name] = eps_fn(x, t, jax.tree.map(lambda row: row[0], tables))
+    return out
 
   return Program(microbatch, microbatch_fn)
 

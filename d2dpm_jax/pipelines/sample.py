@@ -36,12 +36,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   paths = files.Workdir.at(workdir)
   settings = config.sample
   _check(settings)
-  model = setup.load(config, paths)
-  quantized = (
-    artifacts.load(model, paths)
-    if settings.quantized or settings.compare
-    else artifacts.full_precision(model)
-  )
+  quantized = _network(config, paths)
+  model = quantized.model
   if settings.compare:
     if processes.is_first():
       compare(quantized, settings, paths)
@@ -107,6 +103,7 @@ def _settings_of(
   if settings['quantized']:
     found |= {
       'quant': artifacts.structure(model)['quant'],
+      'execution': model.config.quant.execution,
       'quantizers': _digest(quantized.qstate),
       'error_statistics': _digest(runner.inputs.correction_rows),
       **statistics.corrected_with(model.config.sample),
@@ -123,6 +120,29 @@ def _digest(tree: Any) -> str:
     digest.update(name.encode())
     digest.update(np.ascontiguousarray(array).tobytes())
   return digest.hexdigest()[:16]
+
+
+def _network(
+  config: ml_collections.ConfigDict, paths: files.Workdir
+) -> artifacts.Quantized:
+  """What is sampled from.
+
+  A calibration needs no checkpoint beside it, unless full precision is sampled
+  too.
+  """
+  generation.check_execution(config.quant.execution)
+  settings = config.sample
+  try:
+    model = setup.load(config, paths)
+  except FileNotFoundError as error:
+    needed = settings.compare or not settings.quantized
+    if needed or not artifacts.is_finished(paths):
+      raise
+    _log.info('%s Samples from %s alone.', error, paths.quantized)
+    return artifacts.load_alone(config, paths)
+  if not (settings.quantized or settings.compare):
+    return artifacts.full_precision(model)
+  return artifacts.load(model, paths)
 
 
 def _check(settings: ml_collections.ConfigDict) -> None:
@@ -274,8 +294,12 @@ def batch_runner(
   program = generation.sample_program(
     model.ldm, model.sampler, correction, microbatch
   )
+  qstate = quantized.executable()
   inputs = generation.Inputs(
-    model.params, quantized.qstate, rows, noise.seed_key(seed)
+    quantized.network_params(),
+    qstate,
+    rows,
+    noise.seed_key(seed),
   )
   return Runner(program, devices.replicate(inputs))
 

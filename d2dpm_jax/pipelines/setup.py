@@ -5,7 +5,7 @@ import hashlib
 import importlib.resources
 import logging
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -118,19 +118,32 @@ def load(
     ValueError: they cannot be read or belong to another architecture, the
       sampler asks for what the model cannot do, or the seed is negative.
   """
+  config, ldm = checked(config)
+  where = config.checkpoint.path
+  params, meta, path = _read_weights(where, paths, ldm)
+  _check_model(meta, ldm, path)
+  check_shapes(params, ldm, path)
+  model = Model(config, ldm, jax.tree.map(np.asarray, params), _digest(params))
+  count = sum(x.size for x in jax.tree.leaves(params['unet']))
+  _log.info('Model: %s, U-Net of %.2f M parameters', path, count / 1e6)
+  return model
+
+
+def checked(
+  config: ml_collections.ConfigDict,
+) -> tuple[ml_collections.ConfigDict, LatentDiffusion]:
+  """The resolved config, and the architecture that it describes.
+
+  Raises:
+    ValueError: the sampler asks for what the model cannot do, or the seed is
+      negative.
+  """
   if config.seed < 0:
     raise ValueError(f'seed is {config.seed}; expected >= 0.')
   config = resolve(config)
   ldm = build(config)
   _check_guidance(config, ldm)
-  where = config.checkpoint.path
-  params, meta, path = _read_weights(where, paths, ldm)
-  _check_model(meta, ldm, path)
-  _check_shapes(params, jax.eval_shape(ldm.init, jax.random.key(0)), path)
-  model = Model(config, ldm, jax.tree.map(np.asarray, params), _digest(params))
-  count = sum(x.size for x in jax.tree.leaves(params['unet']))
-  _log.info('Model: %s, U-Net of %.2f M parameters', path, count / 1e6)
-  return model
+  return config, ldm
 
 
 def _read_weights(
@@ -239,10 +252,24 @@ def _check_model(
     )
 
 
-def _check_shapes(params: Any, wanted: Any, path: pathlib.Path) -> None:
-  """Raises ValueError naming every parameter that is not as it should be."""
+def check_shapes(
+  params: Any,
+  ldm: LatentDiffusion,
+  path: pathlib.Path,
+  absent: Collection[str] = (),
+) -> None:
+  """Raises ValueError naming every parameter that is not as it should be.
+
+  Args:
+    params: those of `ldm`.
+    ldm: the architecture.
+    path: where they are from.
+    absent: '/'-joined names of parameters that need not be there.
+  """
+  wanted = jax.eval_shape(ldm.init, jax.random.key(0))
   have = traverse_util.flatten_dict(params, sep='/')
   want = traverse_util.flatten_dict(wanted, sep='/')
+  want = {name: x for name, x in want.items() if name not in absent}
   problems = [f'{name} is missing' for name in sorted(set(want) - set(have))]
   problems += [f'{name} is unknown' for name in sorted(set(have) - set(want))]
   problems += [

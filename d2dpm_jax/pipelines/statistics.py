@@ -192,8 +192,12 @@ def _fit_full_precision(
   program = generation.eps_program(
     model.ldm, model.sampler, config.sample.microbatch
   )
+  state = generation.executable(qstate, config.quant.execution)
+  params = generation.network_params(
+    model.params, state, config.quant.float_dtype
+  )
   inputs = devices.replicate(
-    generation.Inputs(model.params, qstate, None, noise.seed_key(config.seed))
+    generation.Inputs(params, state, None, noise.seed_key(config.seed))
   )
   batches = processes.own(list(_batches(model, spool)))
   total = sum(rows for _, rows, _ in batches)
@@ -280,10 +284,13 @@ def _fit_quantized(
     config.sample.correction,
     config.sample.microbatch,
   )
+  state = generation.executable(qstate, config.quant.execution)
+  params = generation.network_params(
+    model.params, state, config.quant.float_dtype
+  )
+  params = {**params, 'full': model.params['unet']}
   inputs = devices.replicate(
-    generation.Inputs(
-      model.params, qstate, None, trajectories.noise_key(config.seed)
-    )
+    generation.Inputs(params, state, None, trajectories.noise_key(config.seed))
   )
 
   def read(step: int, start: int, name: str) -> np.ndarray:

@@ -22,11 +22,14 @@ import jax
 from flax import traverse_util
 from jax.extend import core
 
+from d2dpm_jax.quantization import packing
 from d2dpm_jax.quantization.policy import LayerBits, Policy
 from d2dpm_jax.quantization.transform import Layer
 
 FLOAT_BITS = 32
-_GRID_BYTES = 8  # A scale and a zero point, float32 as they are stored.
+# As `transform.state_to_arrays` stores them.
+_GRID_BYTES = 4 + 2  # A scale, float32, and a zero point, int16.
+_NUMBER_BYTES = 4  # Bits of weights, bits of inputs, input channels.
 # Arrays that are called 'weight' in PyTorch; biases and numbers are not.
 _WEIGHTS = ('kernel', 'scale', 'embedding')
 
@@ -79,12 +82,14 @@ def layer_cost(
     Its cost, codes being packed at their bits.
   """
   w, a = (bits.w, bits.a) if bits is not None else (None, None)
-  size = math.prod(layer.kernel_shape)
-  grids = 0 if a is None else 1
+  size = math.prod(layer.kernel_shape) * FLOAT_BITS // 8
   if w is not None:
-    grids += layer.kernel_shape[-1] if per_channel else 1
-  packed = math.ceil(size * (w or FLOAT_BITS) / 8)
-  return LayerCost(packed + grids * _GRID_BYTES, bops(macs(layer), w, a))
+    grids = layer.kernel_shape[-1] if per_channel else 1
+    size = packing.packed_bytes(layer.kernel_shape, w)
+    size += grids * _GRID_BYTES + 2 * _NUMBER_BYTES
+  if a is not None:
+    size += _GRID_BYTES + _NUMBER_BYTES
+  return LayerCost(size, bops(macs(layer), w, a))
 
 
 def released_bops(
@@ -112,6 +117,7 @@ def network_bytes(
   layers: Iterable[Layer],
   policy: Policy,
   per_channel: bool,
+  float_bytes: int = FLOAT_BITS // 8,
 ) -> int:
   """Bytes of a quantized network: codes, grids, and all that stays float.
 
@@ -120,12 +126,24 @@ def network_bytes(
     layers: see `transform.list_layers`.
     policy: path -> bits.
     per_channel: see `layer_cost`.
+    float_bytes: of each number that stays float, if anything is quantized.
   """
-  return array_bytes(params) + sum(
-    layer_cost(x, policy[x.path], per_channel).bytes
-    - layer_cost(x, None, per_channel).bytes
-    for x in layers
+  quantized = [x for x in layers if policy[x.path] is not None]
+  if not quantized:
+    return array_bytes(params)
+  kernels = sum(
+    math.prod(x.kernel_shape)
+    for x in quantized
+    if (bits := policy[x.path]) is not None and bits.w is not None
   )
+  kept = array_bytes(params) // 4 - kernels
+  total = kept * float_bytes
+  for layer in quantized:
+    bits = policy[layer.path]
+    total += layer_cost(layer, bits, per_channel).bytes
+    if bits is not None and bits.w is None:  # Its kernel is counted above.
+      total -= 4 * math.prod(layer.kernel_shape)
+  return total
 
 
 def released_bytes(params: Mapping[str, Any], w: int | None) -> int:

@@ -31,6 +31,7 @@ from d2dpm_jax.quantization import (
   ahead,
   importance,
   learning,
+  packing,
   stored_units,
   transform,
   units,
@@ -232,7 +233,7 @@ class _Reconstruction:
     for path in visit.layers:
       layer = self.state[visit.full_path(path)]
       if layer['weight'] is not None:
-        weights[path] = layer['weight']
+        weights[path] = packing.unpack(layer['weight'])
       if layer['act'] is not None:
         grids[path] = layer['act']
     return weights, grids

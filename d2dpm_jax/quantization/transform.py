@@ -23,10 +23,10 @@ from typing import Any, TypedDict
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
-from d2dpm_jax.quantization import affine
+from d2dpm_jax.quantization import affine, packing
 from d2dpm_jax.quantization.policy import Policy
 
 Array = jax.Array
@@ -38,7 +38,7 @@ LAYER_KINDS: dict[type[nn.Module], str] = {nn.Conv: 'conv', nn.Dense: 'dense'}
 class LayerState(TypedDict):
   """Quantizers of one layer; None leaves that side in floating point."""
 
-  weight: affine.QWeight | None
+  weight: packing.Weight | None
   act: affine.QParams | None
 
 
@@ -109,6 +109,10 @@ def list_layers(
   return tuple(found.values())
 
 
+def _kernel_key(path: str) -> tuple[str, ...]:
+  return (*path.split('/'), 'kernel') if path else ('kernel',)
+
+
 def get_kernel(params: Mapping[str, Any], path: str) -> Array:
   """Kernel of the layer at `path` ('' is the model itself).
 
@@ -116,7 +120,7 @@ def get_kernel(params: Mapping[str, Any], path: str) -> Array:
     KeyError: there is no such layer.
   """
   node: Any = params
-  for name in (*path.split('/'), 'kernel') if path else ('kernel',):
+  for name in _kernel_key(path):
     if not isinstance(node, Mapping) or name not in node:
       raise KeyError(f'No kernel at {path!r} in params.')
     node = node[name]
@@ -162,6 +166,8 @@ def replace_kernels(
 ) -> dict[str, Any]:
   """Copy of `variables` with other kernels at the given paths.
 
+  Kernels that `drop_kernels` left out may be of any shape.
+
   Raises:
     KeyError: there is no kernel at a path.
     ValueError: a kernel has another shape.
@@ -170,15 +176,34 @@ def replace_kernels(
     traverse_util.flatten_dict(dict(variables['params']))
   )
   for path, kernel in kernels.items():
-    key = (*path.split('/'), 'kernel') if path else ('kernel',)
+    key = _kernel_key(path)
     if key not in flat:
       raise KeyError(f'No kernel at {path!r} in params.')
-    if flat[key].shape != kernel.shape:
+    if flat[key].size and flat[key].shape != kernel.shape:
       raise ValueError(
         f'Quantized kernel {kernel.shape} does not fit {flat[key].shape} '
         f'of {path!r}.'
       )
     flat[key] = kernel
+  return {**variables, 'params': traverse_util.unflatten_dict(flat)}
+
+
+def drop_kernels(
+  variables: Variables, paths: Collection[str]
+) -> dict[str, Any]:
+  """Copy of `variables` with float32[0] in place of some kernels.
+
+  The structure stays the same; a model that is applied to it as it is fails.
+
+  Raises:
+    KeyError: there is no kernel at a path.
+  """
+  flat: dict[tuple[str, ...], Any] = dict(
+    traverse_util.flatten_dict(dict(variables['params']))
+  )
+  for path in paths:
+    get_kernel(variables['params'], path)
+    flat[_kernel_key(path)] = np.zeros([0], np.float32)
   return {**variables, 'params': traverse_util.unflatten_dict(flat)}
 
 
@@ -202,7 +227,8 @@ def dequantize_variables(
   for path, layer in state.items():
     if layer['weight'] is not None:
       dtype = get_kernel(variables['params'], path).dtype
-      kernels[path] = affine.dequantize(layer['weight'], dtype)
+      weight = packing.unpack(layer['weight'])
+      kernels[path] = affine.dequantize(weight, dtype)
   return replace_kernels(variables, kernels)
 
 
@@ -250,12 +276,33 @@ def quantize(apply: Callable[..., Any]) -> Callable[..., Any]:
   return quantized_apply
 
 
+# What a side of a layer is stored as, and those of its fields that are static.
+_CLASSES: dict[str, tuple[type, ...]] = {
+  'weight': (affine.QWeight, packing.PackedWeight),
+  'act': (affine.QParams,),
+}
+_STATIC = ('bits', 'inputs')
+_ZERO_POINT = 'zero_point'
+
+
+def pack_state(state: QuantState) -> QuantState:
+  """The same quantizers with packed weights."""
+  return {
+    path: LayerState(
+      weight=None if layer['weight'] is None else packing.pack(layer['weight']),
+      act=layer['act'],
+    )
+    for path, layer in state.items()
+  }
+
+
 def state_to_arrays(state: QuantState) -> dict[str, dict[str, dict[str, Any]]]:
   """Plain nested dicts of arrays, bits included, for storing.
 
   Returns:
-    path -> 'weight' / 'act' -> 'codes', 'scale', 'zero_point', 'bits'; a side
-    that is None is left out.
+    path -> 'weight' / 'act' -> fields of `affine.QParams`, `affine.QWeight` or
+    `packing.PackedWeight`; a side that is None is left out. Zero points are
+    int16 where that holds them.
   """
   result = {}
   for path, layer in state.items():
@@ -263,12 +310,23 @@ def state_to_arrays(state: QuantState) -> dict[str, dict[str, dict[str, Any]]]:
     for side in ('weight', 'act'):
       value = layer[side]
       if value is not None:
-        sides[side] = {
-          f.name: getattr(value, f.name) for f in dataclasses.fields(value)
-        }
-        sides[side]['bits'] = jnp.asarray(value.bits, jnp.int32)
+        fields = {f.name: getattr(value, f.name) for f in _fields(value)}
+        for name in fields.keys() & set(_STATIC):
+          fields[name] = np.asarray(fields[name], np.int32)
+        fields[_ZERO_POINT] = _narrow(fields[_ZERO_POINT])
+        sides[side] = fields
     result[path] = sides
   return result
+
+
+def _narrow(zero_point: Any) -> Any:
+  """The same numbers as int16, or the array itself if that is too small."""
+  narrow = np.asarray(zero_point).astype(np.int16)
+  return narrow if (narrow == np.asarray(zero_point)).all() else zero_point
+
+
+def _fields(value: Any) -> tuple[dataclasses.Field, ...]:
+  return dataclasses.fields(value)
 
 
 def state_from_arrays(
@@ -279,23 +337,32 @@ def state_from_arrays(
   Raises:
     ValueError: a side or a field is unknown or missing.
   """
-  classes = {'weight': affine.QWeight, 'act': affine.QParams}
   state: QuantState = {}
   for path, sides in arrays.items():
     layer: dict[str, Any] = {'weight': None, 'act': None}
     for side, value in sides.items():
-      if side not in classes:
+      if side not in _CLASSES:
         raise ValueError(f'{path!r}: unknown entry {side!r}.')
-      if value is None:
-        continue
-      names = {f.name for f in dataclasses.fields(classes[side])}
-      if set(value) != names:
-        raise ValueError(
-          f'{path!r}, {side!r}: fields {sorted(value)}, '
-          f'expected {sorted(names)}.'
-        )
-      fields = {k: jnp.asarray(v) for k, v in value.items() if k != 'bits'}
-      bits = affine.check_bits(int(value['bits']))
-      layer[side] = classes[side](**fields, bits=bits)
+      if value is not None:
+        layer[side] = _from_fields(value, _CLASSES[side], f'{path!r}, {side!r}')
     state[path] = LayerState(weight=layer['weight'], act=layer['act'])
   return state
+
+
+def _from_fields(
+  value: Mapping[str, Any], classes: tuple[type, ...], where: str
+) -> Any:
+  """The one of some classes that has these fields."""
+  names = {cls: {f.name for f in _fields(cls)} for cls in classes}
+  for cls in classes:
+    if set(value) == names[cls]:
+      changed: dict[str, Any] = {
+        k: int(v) for k, v in value.items() if k in _STATIC
+      }
+      affine.check_bits(changed['bits'])
+      zero_point = value[_ZERO_POINT]
+      if zero_point.dtype == np.int16:
+        changed[_ZERO_POINT] = zero_point.astype(np.float32)
+      return cls(**{**value, **changed})
+  expected = ' or '.join(str(sorted(names[cls])) for cls in classes)
+  raise ValueError(f'{where}: fields {sorted(value)}, expected {expected}.')

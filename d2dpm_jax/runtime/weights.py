@@ -118,6 +118,22 @@ def save_tree(path: pathlib.Path, tree: Any, meta: Mapping[str, Any]) -> None:
   files.write_json(path / _META, meta)
 
 
+def is_complete(path: pathlib.Path) -> bool:
+  """Whether `save_tree` has finished there."""
+  return (path / _META).is_file()
+
+
+def load_meta(path: pathlib.Path) -> dict[str, Any]:
+  """The metadata alone of what `save_tree` wrote.
+
+  Raises:
+    FileNotFoundError: the directory is missing or was not finished.
+  """
+  if not is_complete(path):
+    raise FileNotFoundError(f'No complete checkpoint at {path}.')
+  return files.read_json(path / _META)
+
+
 def load_tree(path: pathlib.Path) -> tuple[Any, dict[str, Any]]:
   """Reads what `save_tree` wrote.
 
@@ -128,9 +144,7 @@ def load_tree(path: pathlib.Path) -> tuple[Any, dict[str, Any]]:
     FileNotFoundError: the directory is missing or was not finished.
     ValueError: what is there cannot be read.
   """
-  if not (path / _META).is_file():
-    raise FileNotFoundError(f'No complete checkpoint at {path}.')
-  meta = files.read_json(path / _META)
+  meta = load_meta(path)
   try:
     with ocp.StandardCheckpointer(
       multiprocessing_options=_alone()

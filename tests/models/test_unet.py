@@ -258,3 +258,23 @@ def test_group_norm_survives_a_large_mean():
   want = (x - x.mean((1, 2))) / np.sqrt(x.var((1, 2)) + 1e-5)
   # The mean's own rounding, 3000 * 2^-24; E[x²] − E[x]² would be off by 1.
   np.testing.assert_allclose(got, want, atol=1e-3)
+
+
+@pytest.mark.parametrize('mean', [0, 30])
+@pytest.mark.parametrize('shape', [(2, 6, 5, 64), (3, 7, 96), (2, 1, 1, 32)])
+def test_group_norm_in_one_pass_equals_two(shape, mean):
+  """Also where E[x²] − E[x]² would have lost its digits, as float64 tells."""
+  rng = np.random.default_rng(0)
+  x = (rng.normal(mean, 1, shape) + rng.normal(size=shape[-1])).astype('f4')
+  scale, bias = rng.normal(size=(2, shape[-1])).astype('f4')
+  norm = layers.GroupNorm32()
+  got = norm.apply({'params': {'scale': scale, 'bias': bias}}, x)
+  groups = np.float64(x).reshape(shape[0], -1, 32, shape[-1] // 32)
+  centred = groups - groups.mean((1, 3), keepdims=True)
+  variance = np.square(centred).mean((1, 3), keepdims=True)
+  want = (centred / np.sqrt(variance + 1e-5)).reshape(shape) * scale + bias
+  plain = nn.GroupNorm(32, epsilon=1e-5, use_fast_variance=False)
+  other = plain.apply({'params': {'scale': scale, 'bias': bias}}, x)
+  size = np.abs(want).max()
+  assert np.abs(got - want).max() <= 1e-6 * (1 + mean) * size
+  assert np.abs(got - other).max() <= 1e-6 * (1 + mean) * size

@@ -138,7 +138,10 @@ def _network(model, qstate):
     null = one(jnp.full_like(labels, model.ldm.null_label))
     return null + scale * (one(labels) - null)
 
-  return lambda *args: np.asarray(eps(model.params, qstate, *args))
+  params = generation.network_params(
+    model.params, qstate, model.config.quant.float_dtype
+  )
+  return lambda *args: np.asarray(eps(params, qstate, *args))
 
 
 @pytest.mark.parametrize('quantized', [False, True])

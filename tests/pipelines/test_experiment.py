@@ -43,6 +43,7 @@ def _config(reference='', **settings):
   config.calibration.update(num_samples=8, batch_size=8)
   config.statistics.update(num_samples=8, folds=2)
   config.quant.update(weight_range='max', act_range='max', float_layers='')
+  config.quant.execution = 'simulated'
   config.sample.microbatch = 1
   config.evaluate.update(reference=str(reference), batch_size=8)
   config.experiment.update(
@@ -311,7 +312,7 @@ def test_quantizers_are_those_of_the_first_sampler(finished):
 
 
 def test_a_sampler_and_a_correction_are_compiled_once(finished):
-  """A new seed is nothing new, nor are other bits of the weights."""
+  """A new seed is nothing new, nor are simulated weights of other bits."""
   for name, cell in _cells(finished.paths).items():
     seconds = cell['values']['compile_seconds']
     assert (seconds > 0) == name.endswith(f'seed{_SEEDS[0]}'), name
@@ -340,7 +341,7 @@ def test_a_sampler_and_a_correction_are_compiled_once(finished):
   for kind in ('tensor', 'channel'):
     sampled = experiment._sample(
       bench,
-      experiment._on_device(experiment._with_float_weights(eight)),
+      experiment._on_device(experiment._executable(eight)),
       dataclasses.replace(cell, statistics=kind),
       _NoProgress(),
     )

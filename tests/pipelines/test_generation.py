@@ -5,10 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
-from d2dpm_jax.pipelines import artifacts, generation, sample
+from d2dpm_jax.pipelines import artifacts, calibrate, generation, sample
 
 _TESTS = pathlib.Path(__file__).parents[1]
 _MODELS = {'full_precision': 'none', 'quantized': 'd-d2'}
@@ -171,3 +173,49 @@ def test_labels_are_shuffled_anew_in_every_block_and_seed():
   assert len(np.unique(blocks, axis=0)) > 15
   other = generation.balanced_labels(1, np.arange(200), 10).reshape(20, 10)
   assert (blocks != other).any(1).sum() > 15
+
+
+def test_what_stays_float_is_rounded(tiny, calibrated):
+  """Of the quantized network alone, by 2**-8 at most, and as is said."""
+  want = traverse_util.flatten_dict(tiny.model.params['unet'])
+  for dtype in generation.FLOAT_DTYPES:
+    found = generation.network_params(
+      tiny.model.params, {**calibrated.quantized.qstate}, dtype
+    )
+    assert found['first_stage'] is tiny.model.params['first_stage']
+    for name, x in traverse_util.flatten_dict(found['unet']).items():
+      if not x.size:
+        assert '/'.join(name[:-1]) in calibrated.quantized.qstate
+        continue
+      assert x.dtype == dtype
+      error = np.abs(np.float32(x) - want[name])
+      bound = 2.0**-8 if dtype == 'bfloat16' else 0
+      assert (error <= bound * np.abs(want[name])).all()
+  same = generation.network_params(tiny.model.params, {}, 'bfloat16')
+  assert same is tiny.model.params
+
+
+def test_rounding_floats_changes_little(tiny):
+  """Far less than quantization does; the output is still of that order."""
+  apply = jax.jit(tiny.model.ldm.unet.apply)
+  rng = np.random.default_rng(0)
+  inputs = (
+    rng.normal(size=(2, 4, 4, 3)).astype(np.float32),
+    np.asarray([10, 700]),
+    tiny.model.ldm.context(tiny.model.params, np.arange(2)),
+  )
+  params = tiny.model.params['unet']
+  rounded = jax.tree.map(lambda x: x.astype('bfloat16'), params)
+  want, found = (apply({'params': p}, *inputs) for p in (params, rounded))
+  assert found.dtype == np.float32
+  distance = np.linalg.norm(found - want) / np.linalg.norm(want)
+  assert 1e-4 < distance < 1e-2
+
+
+def test_unknown_type_of_floats(tiny, tmp_path):
+  config = tiny.config(quant__float_dtype='float16')
+  with pytest.raises(
+    ValueError, match=r"quant.float_dtype 'float16': expected"
+  ):
+    calibrate.run(config, str(tmp_path / 'work'))
+  assert not (tmp_path / 'work').exists()

@@ -40,7 +40,7 @@ def with_noise(tiny, calibrated, monkeypatch):
   time; what a correction does to it is all the same.
   """
   monkeypatch.setattr(
-    generation, '_eps_fn', lambda *_: lambda x, t, table: 0.9 * x
+    generation, '_eps_fn', lambda *_: (lambda x, t, table: 0.9 * x, None)
   )
   ldm = tiny.model.ldm
   fields = {f.name: getattr(ldm, f.name) for f in dataclasses.fields(ldm)}

@@ -42,13 +42,19 @@ class _Toy(latent_diffusion.LatentDiffusion):
 def toy(tiny, monkeypatch):
   """The tiny model with the toy for a network; config overrides -> model."""
 
-  def eps_fn(ldm, settings, inputs, labels):
-    del ldm, settings
-    return lambda x, t, table: _network(
-      jnp, x, t[:, None, None, None], labels, bool(inputs.qstate)
-    )
+  def eps_fn(ldm, settings, inputs, labels, timesteps):
+    del ldm, settings, timesteps
+
+    def network(x, t, table):
+      del table
+      quantized = bool(inputs.qstate)
+      return _network(jnp, x, t[:, None, None, None], labels, quantized)
+
+    return network, None
 
   monkeypatch.setattr(generation, '_eps_fn', eps_fn)
+  monkeypatch.setattr(generation, 'executable', lambda qstate, *_: qstate)
+  monkeypatch.setattr(generation, 'network_params', lambda params, *_: params)
   monkeypatch.setattr(statistics, '_draw', lambda *_: None)  # Takes a while.
   ldm = tiny.model.ldm
   fields = {f.name: getattr(ldm, f.name) for f in dataclasses.fields(ldm)}

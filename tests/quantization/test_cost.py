@@ -38,12 +38,13 @@ def test_bit_operations():
   ('bits', 'per_channel', 'wanted'),
   [
     (None, True, 4 * 35),
-    # 17.5 bytes of codes, a grid per channel, a grid of the input.
-    (_W4A8, True, 18 + 7 * 8 + 8),
-    (_W4A8, False, 18 + 8 + 8),
-    (policy.LayerBits(8, 8), False, 35 + 8 + 8),
-    (policy.LayerBits(3, None), True, 14 + 7 * 8),
-    (policy.LayerBits(None, 8), True, 4 * 35 + 8),
+    # 5 rows of codes in 3, a grid per channel, one of the input; two numbers
+    # of the weight, one of the input.
+    (_W4A8, True, 21 + 7 * 6 + 8 + 6 + 4),
+    (_W4A8, False, 21 + 6 + 8 + 6 + 4),
+    (policy.LayerBits(8, 8), False, 35 + 6 + 8 + 6 + 4),
+    (policy.LayerBits(3, None), True, 21 + 7 * 6 + 8),
+    (policy.LayerBits(None, 8), True, 4 * 35 + 6 + 4),
   ],
 )
 def test_bytes_of_a_layer(bits, per_channel, wanted):
@@ -81,8 +82,17 @@ def test_bytes_of_a_network_count_what_stays_float():
   assert cost.array_bytes(params) == 4 * (315 + 7 + 35 + 7 + 7)
   table = {'conv': None, 'dense': _W4A8}
   assert cost.network_bytes(params, _LAYERS, table, False) == (
-    4 * (315 + 7 + 7 + 7) + (18 + 8 + 8)
+    4 * (315 + 7 + 7 + 7) + (21 + 6 + 8 + 6 + 4)
   )
+  assert cost.network_bytes(params, _LAYERS, table, False, 2) == (
+    2 * (315 + 7 + 7 + 7) + (21 + 6 + 8 + 6 + 4)
+  )
+  table = {'conv': None, 'dense': policy.LayerBits(None, 8)}
+  assert cost.network_bytes(params, _LAYERS, table, False, 2) == (
+    2 * (315 + 7 + 7 + 7 + 35) + (6 + 4)
+  )
+  table['dense'] = None
+  assert cost.network_bytes(params, _LAYERS, table, False, 2) == 4 * 371
 
 
 def test_released_bytes_shrink_everything_called_weight():

@@ -325,6 +325,13 @@ class TransformTest(parameterized.TestCase):
     again = transform.state_from_arrays(restored)
     self.assertEqual(jax.tree.structure(again), jax.tree.structure(state))
     jax.tree.map(np.testing.assert_array_equal, again, state)
+    self.assertEqual(arrays['out_2']['weight']['zero_point'].dtype, np.int16)
+    self.assertEqual(again['out_2']['weight'].zero_point.dtype, np.float32)
+    wide = jax.tree.map(jnp.asarray, state)
+    weight = wide['out_2']['weight'].replace(zero_point=jnp.float32(2**15))
+    wide['out_2']['weight'] = weight
+    kept = transform.state_to_arrays(wide)['out_2']['weight']['zero_point']
+    self.assertEqual(kept.dtype, np.float32)
     self.assertEqual(again['time_embed_0']['weight'].bits, 8)
     bad = {'a': {'weight': {'codes': jnp.zeros(3)}}}
     with self.assertRaisesRegex(ValueError, 'expected'):
