@@ -491,6 +491,10 @@ def _measured(name: str, data: Any) -> list[page.Table]:
   made: list[page.Table] = []
   for key, value in data.items() if isinstance(data, Mapping) else ():
     rows: list[tuple[str, Any]] = []
+    if key in _CONFIGS and isinstance(value, Mapping):
+      lines = [[field, _short(v)] for field, v in _flat(value).items()]
+      made.append(page.Table((), lines, f'{name}: {key}', True))
+      continue
     if isinstance(value, Mapping):
       rows = list(value.items())
     elif isinstance(value, list) and value and isinstance(value[0], Mapping):
@@ -498,6 +502,7 @@ def _measured(name: str, data: Any) -> list[page.Table]:
     if not rows or not all(isinstance(row, Mapping) for _, row in rows):
       single[key] = value
       continue
+    rows = [(label, _flat(_medians(row))) for label, row in rows]
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     lines = [
       [label, *(_short(row.get(name)) for name in names)] for label, row in rows
@@ -508,6 +513,24 @@ def _measured(name: str, data: Any) -> list[page.Table]:
     lines = [[key, _short(value)] for key, value in _flat(single).items()]
     made.insert(0, page.Table((), lines, f'benchmark {name}'))
   return made
+
+
+# Parts of a benchmark that say what was asked for.
+_CONFIGS = ('config', 'model', 'quant')
+
+
+def _medians(row: Mapping[str, Any]) -> dict[str, Any]:
+  """In place of a value's distribution, its median."""
+  return {
+    f'{name}, median' if _is_spread(value) else name: (
+      value['median'] if _is_spread(value) else value
+    )
+    for name, value in row.items()
+  }
+
+
+def _is_spread(value: Any) -> bool:
+  return isinstance(value, Mapping) and 'median' in value
 
 
 def _short(value: Any) -> str:

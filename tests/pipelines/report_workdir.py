@@ -30,6 +30,8 @@ CORRECTIONS = {
     'none': {'ms_per_step': 1.25, 'added_percent': 0.0},
     'd-d2': {'ms_per_step': 1.5, 'added_percent': 20.0},
   },
+  'runs': [{'run': 'w4a8', 'seconds': {'median': 0.25, 'least': 0.125}}],
+  'config': {'quant': {'weight_bits': 4}},
 }
 
 

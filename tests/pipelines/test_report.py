@@ -152,7 +152,8 @@ def test_times_commands_and_environment(workdir, shown):
     in (shown.texts['speed'])
   )
   for part in (
-    'device | 1 x some device', 'none | 1.25 | 0', 'd-d2 | 1.5 | 20'
+    'device | 1 x some device', 'none | 1.25 | 0', 'd-d2 | 1.5 | 20',
+    'run | seconds, median | 1 | w4a8 | 0.25', 'quant.weight_bits | 4',
   ):  # fmt: skip
     assert part in shown.texts['speed']
   command = shown.texts['again'].replace(' | ', ' ')
