@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import shutil
-import sys
 import zipfile
 from unittest import mock
 
@@ -15,14 +14,12 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from absl import flags
-from absl.testing import flagsaver
 from ldm_files import family, write_checkpoint
 from torch_files import pickle_weights, push_global, write_zip
 
-import main
 from configs import imagenet, lsun_bedrooms, lsun_churches
 from convert import ldm
+from d2dpm_jax.command import main
 from d2dpm_jax.pipelines import convert, setup
 from d2dpm_jax.runtime import files, weights
 
@@ -60,11 +57,7 @@ def folder(tmp_path_factory):
 
 def _main(*args):
   """Runs the command line in this process."""
-  argv = ['main.py', *map(str, args)]
-  # Overrides of config fields are looked for in sys.argv.
-  with flagsaver.flagsaver(), mock.patch.object(sys, 'argv', argv):
-    flags.FLAGS(argv)
-    main.main(argv[:1])
+  assert main.main(['main.py', *map(str, args)]) == 0
 
 
 def _config(folder, name, **fields):

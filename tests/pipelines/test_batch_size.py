@@ -35,9 +35,9 @@ def test_devices_that_do_not_tell_get_a_constant(tiny, program, monkeypatch):
 def test_whole_microbatches_as_many_as_fit(tiny, program, monkeypatch, caplog):
   ldm = tiny.model.ldm
   # Images of 8x8 bytes, and latents of 4x4x3 floats.
-  assert batch_size._results(ldm) == 8 * 8 + 4 * 4 * 3 * 4
-  need = 2 * batch_size._working(ldm)
-  each = 3 * 2 * batch_size._results(ldm)
+  assert batch_size.results_bytes(ldm) == 8 * 8 + 4 * 4 * 3 * 4
+  need = 2 * batch_size.working(ldm)
+  each = 3 * 2 * batch_size.results_bytes(ldm)
   for fit in (1, 2, 3, 4):
     free = (need + (fit + 0.5) * each) / 0.9
     assert _chosen(monkeypatch, tiny.model, program, free) == 16 * fit
@@ -53,7 +53,7 @@ def test_what_an_image_takes_is_of_the_size_of_its_activations(tiny):
   # 32 channels at 4x4, twice with guidance; the decoder ends with 128 at 8x8.
   channels = tiny.model.ldm.first_stage.ch
   largest = 4 * max(2 * 32 * 4 * 4, channels * 8 * 8)
-  assert largest <= batch_size._working(tiny.model.ldm) < 100 * largest
+  assert largest <= batch_size.working(tiny.model.ldm) < 100 * largest
 
 
 @pytest.mark.usefixtures('quick_compile')
@@ -99,4 +99,4 @@ def test_covered_time(intervals, share):
 def test_cin256_v2_fits_into_16_gb():
   """32 images at a time, told from shapes alone."""
   model = setup.outline(imagenet.get_config())
-  assert 32 * batch_size._working(model.ldm) < 0.6 * 16e9
+  assert 32 * batch_size.working(model.ldm) < 0.6 * 16e9
