@@ -372,9 +372,13 @@ def _logging() -> Iterator[None]:
   handler.setFormatter(logging.Formatter('%(message)s'))
   root = logging.getLogger()
   root.addHandler(handler)
-  for name in ('d2dpm_jax', 'convert'):
-    logging.getLogger(name).setLevel(logging.INFO)
+  ours = [logging.getLogger(name) for name in ('d2dpm_jax', 'convert')]
+  levels = [logger.level for logger in ours]
+  for logger in ours:
+    logger.setLevel(logging.INFO)
   try:
     yield
   finally:
     root.removeHandler(handler)
+    for logger, level in zip(ours, levels, strict=True):
+      logger.setLevel(level)

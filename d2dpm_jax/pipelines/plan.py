@@ -6,12 +6,12 @@ directory.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import ml_collections
 import numpy as np
+from flax import traverse_util
 
 from d2dpm_jax.pipelines import (
   batch_size,
@@ -103,22 +103,15 @@ def _size(count: float) -> str:
 def _changes(
   default: ml_collections.ConfigDict, config: ml_collections.ConfigDict
 ) -> list[str]:
-  old, new = (_flat(setup.plain(c)) for c in (default, config))
+  old, new = (
+    traverse_util.flatten_dict(setup.plain(c), sep='.')
+    for c in (default, config)
+  )
   return [
     f'  {name}={value!r} (the file: {old.get(name)!r})'
     for name, value in new.items()
     if name not in old or old[name] != value
   ]
-
-
-def _flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  found: dict[str, Any] = {}
-  for name, value in config.items():
-    if isinstance(value, Mapping):
-      found.update(_flat(value, f'{prefix}{name}.'))
-    else:
-      found[f'{prefix}{name}'] = value
-  return found
 
 
 def _weights(model: setup.Model, paths: files.Workdir) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import markupsafe
 import ml_collections
 import numpy as np
+from flax import traverse_util
 
 from d2dpm_jax.denoising import gaussian, selection
 from d2dpm_jax.pipelines import (
@@ -492,7 +493,10 @@ def _measured(name: str, data: Any) -> list[page.Table]:
   for key, value in data.items() if isinstance(data, Mapping) else ():
     rows: list[tuple[str, Any]] = []
     if key in _CONFIGS and isinstance(value, Mapping):
-      lines = [[field, _short(v)] for field, v in _flat(value).items()]
+      lines = [
+        [field, _short(v)]
+        for field, v in traverse_util.flatten_dict(value, sep='.').items()
+      ]
       made.append(page.Table((), lines, f'{name}: {key}', True))
       continue
     if isinstance(value, Mapping):
@@ -502,7 +506,10 @@ def _measured(name: str, data: Any) -> list[page.Table]:
     if not rows or not all(isinstance(row, Mapping) for _, row in rows):
       single[key] = value
       continue
-    rows = [(label, _flat(_medians(row))) for label, row in rows]
+    rows = [
+      (label, traverse_util.flatten_dict(_medians(row), sep='.'))
+      for label, row in rows
+    ]
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     lines = [
       [label, *(_short(row.get(name)) for name in names)] for label, row in rows
@@ -510,7 +517,10 @@ def _measured(name: str, data: Any) -> list[page.Table]:
     title = f'{name}: {key}'
     made.append(page.Table(['', *names], lines, title, len(lines) > _FOLD))
   if single:
-    lines = [[key, _short(value)] for key, value in _flat(single).items()]
+    lines = [
+      [key, _short(value)]
+      for key, value in traverse_util.flatten_dict(single, sep='.').items()
+    ]
     made.insert(0, page.Table((), lines, f'benchmark {name}'))
   return made
 
@@ -545,16 +555,6 @@ def _short(value: Any) -> str:
   return text if len(text) <= _TEXT else f'{text[: _TEXT - 1]}…'
 
 
-def _flat(config: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  found: dict[str, Any] = {}
-  for name, value in config.items():
-    if isinstance(value, Mapping):
-      found.update(_flat(value, f'{prefix}{name}.'))
-    else:
-      found[f'{prefix}{name}'] = value
-  return found
-
-
 def _settings(
   paths: files.Workdir,
   config: Mapping[str, Any],
@@ -578,7 +578,10 @@ def _settings(
   made.append(page.Table((), single))
   for name, group in config.items():
     if isinstance(group, Mapping) and group:
-      rows = [[field, repr(value)] for field, value in _flat(group).items()]
+      rows = [
+        [field, repr(value)]
+        for field, value in traverse_util.flatten_dict(group, sep='.').items()
+      ]
       made.append(page.Table((), rows, name, True))
   return {'tables': made}
 
@@ -595,7 +598,9 @@ def _environment(
     return None
   found: dict[str, dict[str, None]] = {}
   for run in history:
-    for name, value in _flat(run.get('environment', {})).items():
+    for name, value in traverse_util.flatten_dict(
+      run.get('environment', {}), sep='.'
+    ).items():
       if value is not None:
         found.setdefault(name.rpartition('.')[2], {})[str(value)] = None
   rows = [[name, '; '.join(values)] for name, values in found.items()]

@@ -47,14 +47,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
     _warn_of_other_points(quantized, settings)
   index = np.arange(settings.num_images)
   check_labels(model, labels_of(model, settings, index))
-  runner = batch_runner(
-    quantized,
-    settings.correction if settings.quantized else 'none',
-    settings.channel_wise,
-    settings.absorb_variance,
-    settings.microbatch,
-    config.seed,
-  )
+  runner = configured_runner(quantized)
   made_with = _settings_of(quantized, runner)
 
   def begin() -> None:
@@ -270,6 +263,20 @@ class Runner(NamedTuple):
   ) -> generation.Launched:
     """Begins with a batch; see `generation.Program.launch`."""
     return self.program.launch(self.inputs, index, labels, room=room)
+
+
+def configured_runner(quantized: artifacts.Quantized) -> Runner:
+  """The sampler that the config of the model asks for."""
+  config = quantized.model.config
+  settings = config.sample
+  return batch_runner(
+    quantized,
+    settings.correction if settings.quantized else 'none',
+    settings.channel_wise,
+    settings.absorb_variance,
+    settings.microbatch,
+    config.seed,
+  )
 
 
 def batch_runner(

@@ -71,14 +71,7 @@ def measure(
     if settings.quantized
     else artifacts.full_precision(model)
   )
-  runner = sample.batch_runner(
-    quantized,
-    settings.correction if settings.quantized else 'none',
-    settings.channel_wise,
-    settings.absorb_variance,
-    settings.microbatch,
-    config.seed,
-  )
+  runner = sample.configured_runner(quantized)
   size = settings.batch_size or batch_size.choose(model, runner.program)
   labels = functools.partial(sample.labels_of, model, settings)
   index = np.arange(size, dtype=np.int32)
