@@ -124,14 +124,15 @@ def _steady(
   runner: sample.Runner, index: np.ndarray, labels: np.ndarray
 ) -> float:
   """Images per second while nobody takes them off the devices."""
-  begun, done = time.perf_counter(), 0
+  begun, count = time.perf_counter(), 1
   before = runner.launch(index, labels, len(index))
-  while (gone := time.perf_counter() - begun) < _STEADY_S:
+  while time.perf_counter() - begun < _STEADY_S:
     # The devices have the next batch before they are done with this one.
     after = runner.launch(index, labels, len(index))
     before.wait()
-    before, done = after, done + len(index)
-  return done / gone
+    before, count = after, count + 1
+  before.wait()
+  return count * len(index) / (time.perf_counter() - begun)
 
 
 def _busy(folder: pathlib.Path) -> float | None:
