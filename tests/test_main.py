@@ -25,8 +25,6 @@ def _main(*args, call=subprocess.run, **options):
   env = {
     **os.environ,
     'XLA_FLAGS': ' '.join(f for f in flags if 'device_count' not in f),
-    # Half the time to compile; the programs are the same.
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
   }
   if call is subprocess.run:
     options.update(capture_output=True, text=True)

@@ -29,7 +29,6 @@ def _start(mode, workdir, *args, devices=1):
     'XLA_FLAGS': ' '.join(
       [*flags, f'--xla_force_host_platform_device_count={devices}']
     ),
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
   }
   command = [
     sys.executable, 'main.py', '--config', 'tests/tiny_config.py:few',

@@ -24,8 +24,6 @@ from d2dpm_jax.pipelines import (
 from d2dpm_jax.quantization import integer, packing
 from d2dpm_jax.runtime import files, weights
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 
 @pytest.fixture
 def copy(calibrated, tmp_path):
