@@ -135,20 +135,23 @@ def _once(
 
 @pytest.fixture(scope='session')
 def few(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  """Work directory of --mode calibrate on few layers; to be copied."""
+  """Work directory that main.py leaves of few layers; to be copied.
+
+  Beside it is what was said, in a file.
+  """
 
   def make(target: pathlib.Path) -> None:
-    from d2dpm_jax.command import main
+    from helpers import main_process
 
     config = pathlib.Path(__file__).parent / 'tiny_config.py'
-    argv = [
-      'main.py', '--config', f'{config}:few', '--mode', 'calibrate',
-      f'--config.checkpoint.path={tiny.weights}', '--workdir', str(target),
-    ]  # fmt: skip
-    with _optimized(False):
-      assert main.main(argv) == 0
+    done = main_process(
+      '--config', f'{config}:few', '--mode', 'calibrate',
+      f'--config.checkpoint.path={tiny.weights}', '--workdir', target / 'work',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (target / 'said').write_text(done.stdout + done.stderr)
 
-  return _once(tmp_path_factory, 'few', make)
+  return _once(tmp_path_factory, 'few', make) / 'work'
 
 
 @dataclasses.dataclass(frozen=True)

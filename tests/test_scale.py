@@ -250,11 +250,3 @@ def test_two_processes_calibrate_as_one(tmp_path):
     {n for n in f if n.startswith('quantized')} for f in (wanted, found)
   ]
   assert folders[0] and folders[1]
-
-
-def test_modes_of_one_process_refuse_two(tmp_path):
-  with _pair(_start, 'evaluate', tmp_path) as pair:
-    for process in pair:
-      said, _ = process.communicate(timeout=_TIMEOUT_S)
-      assert process.returncode == 1
-      assert 'error: --mode evaluate is run by one process' in said
