@@ -61,7 +61,7 @@ def _optimized(full: bool):
     jax.config.update('jax_disable_most_optimizations', before)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture
 def full_compile():
   """Programs as users get them, where their last bits matter."""
   with _optimized(True):

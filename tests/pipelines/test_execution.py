@@ -63,6 +63,7 @@ def test_integer_execution_is_the_simulated_one(sampled):
   assert np.median(distances) <= 1e-3 and distances.max() <= 0.05
 
 
+@pytest.mark.usefixtures('full_compile')
 @pytest.mark.parametrize('run', ['w8a8-float32', 'w4a8-float32'])
 def test_the_embedded_model_agrees(run):
   """One forward, integers against the same whole numbers in float32."""

@@ -42,7 +42,7 @@ def one_device(tiny, calibrated, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def runners(tiny, calibrated, full_compile):
+def runners(tiny, calibrated):
   """(index, labels, seed=0) -> images and latents, on eight devices."""
   # Another microbatch than in other tests, whose programs are compiled with
   # fewer optimizations: these are what users get.
