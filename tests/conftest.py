@@ -63,7 +63,7 @@ def _optimized(full: bool):
 
 @pytest.fixture
 def full_compile():
-  """Programs as users get them, where their last bits matter."""
+  """Programs optimized as those of users, where their last bits matter."""
   with _optimized(True):
     yield
 
