@@ -1,9 +1,27 @@
 """What several test files need."""
 
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
+
+
+def main_process(*args, call=subprocess.run, **options):
+  """Runs main.py as users do: in a process of its own, on one device."""
+  flags = os.environ.get('XLA_FLAGS', '').split()
+  env = {
+    **os.environ,
+    'XLA_FLAGS': ' '.join(f for f in flags if 'device_count' not in f),
+  }
+  if call is subprocess.run:
+    options.update(capture_output=True, text=True)
+  root = pathlib.Path(__file__).parents[1]
+  return call(
+    [sys.executable, 'main.py', *map(str, args)], cwd=root, env=env, **options
+  )
 
 
 def contents(folder: pathlib.Path) -> dict[str, bytes]:

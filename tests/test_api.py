@@ -15,8 +15,6 @@ from d2dpm_jax.pipelines import setup
 from d2dpm_jax.runtime import weights
 from d2dpm_jax.training import data
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 
 @pytest.fixture(scope='module')
 def overrides(tiny):

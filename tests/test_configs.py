@@ -4,7 +4,6 @@ import importlib
 import pathlib
 import re
 
-import jax
 import pytest
 
 from configs import common
@@ -28,9 +27,7 @@ def test_experiments_are_found():
 def test_rules_fit_the_network(name):
   """Each rule matches a layer, first and last layers get their own bits."""
   config = importlib.import_module(f'configs.{name}').get_config()
-  ldm = setup.build(config)
-  shapes = jax.eval_shape(ldm.init, jax.random.key(0))
-  model = setup.Model(config, ldm, shapes, 'digest')
+  model = setup.outline(config)
   table, layers = layer_bits.layer_policy(model)
   assert [layer.path for layer in layers] == list(table)
   quant = config.quant
@@ -51,7 +48,7 @@ def test_rules_fit_the_network(name):
   quantized = [bits for bits in table.values() if bits is not None]
   assert len(quantized) > 0.8 * len(table)
   # The sampler can be built, and reconstruction takes its settings.
-  rows = generation.rows_of(ldm, model.sampler)
+  rows = generation.rows_of(model.ldm, model.sampler)
   assert len(rows.t) == config.sampler.steps
   quantize.reconstruction_settings(quant)
 

@@ -2,37 +2,20 @@
 
 import io
 import json
-import os
 import pathlib
+import shutil
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from helpers import assert_trees_equal, contents
+from helpers import assert_trees_equal, contents, main_process
 from PIL import Image
 
 from d2dpm_jax.pipelines import artifacts
 from d2dpm_jax.runtime import files
 
-_ROOT = pathlib.Path(__file__).parents[1]
-_CONFIG = 'tests/tiny_config.py'
-
-
-def _main(*args, call=subprocess.run, **options):
-  flags = os.environ.get('XLA_FLAGS', '').split()
-  env = {
-    **os.environ,
-    'XLA_FLAGS': ' '.join(f for f in flags if 'device_count' not in f),
-    # Half the time to compile; the programs are the same.
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-  }
-  if call is subprocess.run:
-    options.update(capture_output=True, text=True)
-  return call(
-    [sys.executable, 'main.py', *map(str, args)], cwd=_ROOT, env=env, **options
-  )
+_CONFIG = pathlib.Path(__file__).parent / 'tiny_config.py'
 
 
 @pytest.fixture(scope='module')
@@ -41,7 +24,7 @@ def command(tiny, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('main') / 'work'
 
   def run(mode, *args, workdir=workdir, **options):
-    return _main(
+    return main_process(
       '--config', f'{_CONFIG}:few', '--mode', mode, '--workdir', workdir,
       f'--config.checkpoint.path={tiny.weights}', *args, **options,
     )  # fmt: skip
@@ -51,11 +34,14 @@ def command(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def finished(command):
+def finished(command, few):
   """What calibrate, sample, sample again and compare leave and say."""
-  found = {'said': {}, 'files': {}}
+  shutil.copytree(few, command.workdir)
+  found = {
+    'said': {'calibrate': (few.parent / 'said').read_text()},
+    'files': {'calibrate': contents(command.workdir)},
+  }
   steps = {
-    'calibrate': ('calibrate',),
     'sample': ('sample',),
     'again': ('sample',),
     'compare': ('sample', '--config.sample.compare=True'),
@@ -63,9 +49,10 @@ def finished(command):
   for name, args in steps.items():
     done = command(*args)
     assert done.returncode == 0, done.stderr
-    assert 'Traceback' not in done.stderr
     found['said'][name] = done.stdout + done.stderr
     found['files'][name] = contents(command.workdir)
+  for text in found['said'].values():
+    assert 'Traceback' not in text
   return found
 
 
@@ -233,11 +220,11 @@ def _assert_one_line(done, *parts):
   ],
 )
 def test_wrong_flags_are_one_line(args, parts, tmp_path):
-  done = _main(*args, '--workdir', tmp_path / 'work')
+  done = main_process(*args, '--workdir', tmp_path / 'work')
   assert len(_assert_one_line(done, *parts)) == 1
   assert not (tmp_path / 'work').exists()
 
 
 def test_debug_shows_where(tmp_path):
-  done = _main('--config', _CONFIG, '--mode', 'smaple', '--debug')
+  done = main_process('--config', _CONFIG, '--mode', 'smaple', '--debug')
   assert done.returncode != 0 and 'Traceback' in done.stderr

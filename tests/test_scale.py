@@ -29,7 +29,6 @@ def _start(mode, workdir, *args, devices=1):
     'XLA_FLAGS': ' '.join(
       [*flags, f'--xla_force_host_platform_device_count={devices}']
     ),
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
   }
   command = [
     sys.executable, 'main.py', '--config', 'tests/tiny_config.py:few',
@@ -251,11 +250,3 @@ def test_two_processes_calibrate_as_one(tmp_path):
     {n for n in f if n.startswith('quantized')} for f in (wanted, found)
   ]
   assert folders[0] and folders[1]
-
-
-def test_modes_of_one_process_refuse_two(tmp_path):
-  with _pair(_start, 'evaluate', tmp_path) as pair:
-    for process in pair:
-      said, _ = process.communicate(timeout=_TIMEOUT_S)
-      assert process.returncode == 1
-      assert 'error: --mode evaluate is run by one process' in said

@@ -46,7 +46,7 @@ def write_weights(path: pathlib.Path) -> None:
   from d2dpm_jax.pipelines import setup
   from d2dpm_jax.runtime import weights
 
-  shapes = jax.eval_shape(setup.build(get_config()).init, jax.random.key(0))
+  shapes = setup.build(get_config()).shapes()
   rng = np.random.default_rng(0)
 
   def draw(keys, shape):

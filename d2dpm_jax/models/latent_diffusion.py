@@ -1,6 +1,7 @@
 """U-Net, first stage and condition as one model."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -93,6 +94,10 @@ class LatentDiffusion:
       'scale_factor': jnp.ones([], jnp.float32),
     }
 
+  def shapes(self) -> dict[str, Any]:
+    """Of what `init` returns, with dtypes; traced once for all equal models."""
+    return jax.tree.map(lambda leaf: leaf, _shapes(self))
+
   def eps(
     self,
     params: Params,
@@ -125,6 +130,11 @@ class LatentDiffusion:
     if self.cond_stage is None:
       raise ValueError('This model is unconditional: it has no labels.')
     return self.cond_stage
+
+
+@functools.cache
+def _shapes(ldm: LatentDiffusion) -> dict[str, Any]:
+  return jax.eval_shape(ldm.init, jax.random.key(0))
 
 
 def _apply(module: nn.Module, params: Params, *args, **kwargs) -> jax.Array:

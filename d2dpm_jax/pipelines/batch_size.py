@@ -2,7 +2,6 @@
 
 import logging
 
-import jax
 import jax.numpy as jnp
 
 from d2dpm_jax.models.latent_diffusion import LatentDiffusion
@@ -57,7 +56,7 @@ def choose(model: setup.Model, program: generation.Program) -> int:
 
 def working(ldm: LatentDiffusion) -> float:
   """Bytes for an image that is being computed, at most."""
-  params = jax.eval_shape(ldm.init, jax.random.key(0))
+  params = ldm.shapes()
   x = memory.batched(ldm.latent_shape, jnp.float32)
   t = memory.batched((), jnp.int32)
   network = memory.peak_per_row(

@@ -101,7 +101,7 @@ def outline(config: ml_collections.ConfigDict) -> Model:
   """The model without weights: `params` holds shapes, `digest` is empty."""
   config = resolve(config)
   ldm = build(config)
-  return Model(config, ldm, jax.eval_shape(ldm.init, jax.random.key(0)), '')
+  return Model(config, ldm, ldm.shapes(), '')
 
 
 def load(
@@ -202,9 +202,7 @@ def _random_weights(ldm: LatentDiffusion, seed: int) -> Any:
     identity, biases zero, latents unscaled.
   """
   rng = np.random.default_rng(seed)
-  shapes = traverse_util.flatten_dict(
-    jax.eval_shape(ldm.init, jax.random.key(0)), sep='/'
-  )
+  shapes = traverse_util.flatten_dict(ldm.shapes(), sep='/')
   params = {}
   for name, wanted in sorted(shapes.items()):
     kind = name.rpartition('/')[2]
@@ -266,7 +264,7 @@ def check_shapes(
     path: where they are from.
     absent: '/'-joined names of parameters that need not be there.
   """
-  wanted = jax.eval_shape(ldm.init, jax.random.key(0))
+  wanted = ldm.shapes()
   have = traverse_util.flatten_dict(params, sep='/')
   want = traverse_util.flatten_dict(wanted, sep='/')
   want = {name: x for name, x in want.items() if name not in absent}

@@ -160,7 +160,7 @@ def test_plan_of_a_calibration(capsys, tiny, few, tmp_path):
   assert run['mode'] == 'calibrate' and run['config'] == f'{_CONFIG}:few'
   assert run['command'].startswith('python main.py --config ')
   assert run['environment']['packages']['jax']
-  assert run['environment']['devices'].startswith('8 x ')
+  assert run['environment']['devices'].startswith('1 x ')
 
 
 @pytest.mark.parametrize('mode', sorted(main.MODES))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from d2dpm_jax.command import main
+from d2dpm_jax.runtime import processes
 
 _TESTS = pathlib.Path(__file__).parents[1]
 _CONFIG = str(_TESTS / 'tiny_config.py')
@@ -376,6 +377,14 @@ def test_no_memory_left(
     workdir=tmp_path / 'work',
   )  # fmt: skip
   assert f'The {where} has not enough memory' in line and fix in line
+
+
+def test_modes_of_one_process_refuse_two(call, monkeypatch):
+  """What two real ones do with an error is in tests/test_scale.py."""
+  monkeypatch.setattr(processes, 'initialize', lambda *_: None)
+  monkeypatch.setattr(processes, 'count', lambda: 2)
+  line = call('--mode', 'evaluate')
+  assert '--mode evaluate is run by one process, and here are 2' in line
 
 
 def test_an_error_that_nobody_thought_of(call, monkeypatch):

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -206,6 +207,7 @@ class SampleTest(parameterized.TestCase):
       ):
         sampler.sample(eps_fn, rows, x_T, noise_fn, **kwargs)
 
+  @pytest.mark.usefixtures('full_compile')
   def test_refuses_to_forget_the_noise(self):
     eps_fn, rows, x_T, _ = _setup(20, 1.0)
     with self.assertRaisesRegex(ValueError, 'noise_fn is missing'):

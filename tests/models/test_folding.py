@@ -8,29 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_params import random_params
+from small_unets import UNETS
 
-from d2dpm_jax.models import folding, unet
+from d2dpm_jax.models import folding
 from d2dpm_jax.quantization import affine, integer, policy, transform
 
-_COMMON = dict(model_channels=32, num_res_blocks=1, out_channels=3)
-_UNETS = {
-  'imagenet': unet.UNet(
-    channel_mult=(1,),
-    attention_resolutions=(1,),
-    num_heads=2,
-    use_spatial_transformer=True,
-    context_dim=16,
-    **_COMMON,
-  ),
-  'churches': unet.UNet(
-    channel_mult=(1, 2),
-    attention_resolutions=(),
-    num_heads=8,
-    use_scale_shift_norm=True,
-    resblock_updown=True,
-    **_COMMON,
-  ),
-}
 _T = (901, 401, 1)
 
 
@@ -54,15 +36,14 @@ def _distance(found, want):
 
 @functools.cache
 def _variables(name):
-  net = _UNETS[name]
+  net = UNETS[name]
   x, context = _inputs(net)
   return random_params(net, x, jnp.zeros([2]), context)
 
 
-@pytest.mark.parametrize('name', _UNETS)
-@pytest.mark.usefixtures('quick_compile')
+@pytest.mark.parametrize('name', ['imagenet', 'churches'])
 def test_equals_the_plain_network(name):
-  net, variables = _UNETS[name], _variables(name)
+  net, variables = UNETS[name], _variables(name)
   x, context = _inputs(net)
   network = functools.partial(net.apply, variables)
 
@@ -94,7 +75,7 @@ def test_equals_the_plain_network(name):
 
 
 def test_longer_contexts_are_attended_to():
-  net, variables = _UNETS['imagenet'], _variables('imagenet')
+  net, variables = UNETS['imagenet'], _variables('imagenet')
   x, context = _inputs(net, tokens=2)
   network = functools.partial(net.apply, variables)
   t = jnp.asarray(_T)
@@ -105,10 +86,9 @@ def test_longer_contexts_are_attended_to():
 
 
 @pytest.mark.parametrize('execution', ['integer', 'simulated'])
-@pytest.mark.usefixtures('quick_compile')
 def test_quantized_layers_give_the_same_numbers(execution):
   """Layer by layer, on integers to the last bit."""
-  net, variables = _UNETS['imagenet'], _variables('imagenet')
+  net, variables = UNETS['imagenet'], _variables('imagenet')
   x, context = _inputs(net)
   layers = transform.list_layers(
     net.apply, variables, x, jnp.zeros([2]), context

@@ -104,9 +104,17 @@ def test_scale_factor_and_parts():
   np.testing.assert_allclose(out['eps'], out['raw_eps'], atol=1e-5)
 
 
+def test_shapes_are_those_of_init():
+  model = latent_diffusion.from_config(_unconditional())
+  want = jax.eval_shape(model.init, jax.random.key(0))
+  found = model.shapes()
+  found.pop('unet')  # Of no effect on the next answer.
+  assert model.shapes() == want
+
+
 def test_unconditional_model_has_no_labels():
   model = latent_diffusion.from_config(_unconditional())
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
+  shapes = model.shapes()
   assert shapes['cond_stage'] == {}
   eps = jax.eval_shape(
     lambda p: model.eps(p, jnp.zeros([1, 4, 4, 3]), jnp.zeros([1])), shapes

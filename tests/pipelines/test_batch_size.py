@@ -56,7 +56,6 @@ def test_what_an_image_takes_is_of_the_size_of_its_activations(tiny):
   assert largest <= batch_size.working(tiny.model.ldm) < 100 * largest
 
 
-@pytest.mark.usefixtures('quick_compile')
 def test_the_benchmark_measures_a_job(tiny, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(throughput, '_STEADY_S', 0.2)
   config = tiny.config(

@@ -40,8 +40,6 @@ from d2dpm_jax.quantization import (
 )
 from d2dpm_jax.runtime import files, progress
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 # What differs from run to run.
 _TIMES = ('report:seconds', 'report:ms_per_iteration')
 

@@ -259,7 +259,7 @@ def test_saved_statistics_serve_as_reference(tmp_path):
   assert back['recall'] == there['precision']
 
 
-def test_images_can_be_reconstructed_first(tmp_path, quick_compile):
+def test_images_can_be_reconstructed_first(tmp_path):
   for i in range(2):
     np.savez(tmp_path / f'{i}.npz', arr_0=_strokes(5, i))
   names = [str(tmp_path / f'{i}.npz') for i in range(2)]

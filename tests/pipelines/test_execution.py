@@ -24,8 +24,6 @@ from d2dpm_jax.pipelines import (
 from d2dpm_jax.quantization import integer, packing
 from d2dpm_jax.runtime import files, weights
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 
 @pytest.fixture
 def copy(calibrated, tmp_path):
@@ -65,6 +63,7 @@ def test_integer_execution_is_the_simulated_one(sampled):
   assert np.median(distances) <= 1e-3 and distances.max() <= 0.05
 
 
+@pytest.mark.usefixtures('full_compile')
 @pytest.mark.parametrize('run', ['w8a8-float32', 'w4a8-float32'])
 def test_the_embedded_model_agrees(run):
   """One forward, integers against the same whole numbers in float32."""

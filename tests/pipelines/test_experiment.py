@@ -30,8 +30,6 @@ from d2dpm_jax.quantization import affine
 from d2dpm_jax.reporting import plots
 from d2dpm_jax.runtime import files
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 _SEEDS = (0, 5)
 _SAMPLERS = ('s3_eta0_2', 's1.5_eta1_2')
 _IMAGES = 6
@@ -161,7 +159,7 @@ def _watched():
 
 
 @pytest.fixture(scope='module')
-def finished(small_networks, reference, tmp_path_factory, quick_compile):
+def finished(small_networks, reference, tmp_path_factory):
   config = _config(reference)
   paths = files.Workdir.at(tmp_path_factory.mktemp('experiment') / 'work')
   with _watched() as sampled:

@@ -17,8 +17,6 @@ from d2dpm_jax.pipelines import (
   sample,
 )
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 _VARIANTS = {
   **{name: (name, False, False) for name in corrections.CORRECTIONS},
   's-d2, absorbing': ('s-d2', False, True),

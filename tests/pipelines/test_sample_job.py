@@ -265,7 +265,6 @@ def _run(tiny, workdir, **overrides):
   return (workdir / 'samples' / 'samples.npz').read_bytes()
 
 
-@pytest.mark.usefixtures('quick_compile')
 def test_batch_size_and_restarts_leave_the_same_file(tiny, tmp_path):
   whole = _run(tiny, tmp_path / 'a')
   _run(tiny, tmp_path / 'b', sample__num_images=3, sample__batch_size=1)
@@ -287,7 +286,6 @@ def test_two_runs_do_not_share_a_directory(tiny, paths):
       _run(tiny, paths.root)
 
 
-@pytest.mark.usefixtures('quick_compile')
 def test_samples_of_other_settings_are_refused(tiny, tmp_path):
   workdir = tmp_path / 'a'
   _run(tiny, workdir)

@@ -19,8 +19,6 @@ from d2dpm_jax.pipelines import (
 from d2dpm_jax.quantization import affine, integer, packing
 from d2dpm_jax.runtime import files, timing
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 _PEAKS = {'float32': 1e9, 'bfloat16': 2e9, 'int8': 4e9, 'bytes': 1e9}
 
 

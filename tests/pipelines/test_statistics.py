@@ -21,8 +21,6 @@ from d2dpm_jax.pipelines import (
 )
 from d2dpm_jax.runtime import files
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 _T = [751, 501, 251, 1]
 
 

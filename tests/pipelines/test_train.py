@@ -14,8 +14,6 @@ from d2dpm_jax.pipelines import setup, train
 from d2dpm_jax.runtime import files, weights
 from d2dpm_jax.training import data, loop
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 
 @pytest.fixture
 def digits():

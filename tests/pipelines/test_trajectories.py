@@ -11,8 +11,6 @@ from helpers import contents
 from d2dpm_jax.diffusion import noise
 from d2dpm_jax.pipelines import generation, trajectories
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 
 def _collect(model, directory):
   config = model.config

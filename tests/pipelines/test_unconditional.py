@@ -36,7 +36,7 @@ def test_calibrate_and_sample(tmp_path):
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda p: (0.1 * rng.normal(size=p.shape)).astype(np.float32),
-    jax.eval_shape(ldm.init, jax.random.key(0)),
+    ldm.shapes(),
   )
   params['scale_factor'] = np.float32(0.5)
   weights.save_tree(paths.params, params, {})

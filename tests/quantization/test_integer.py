@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_unets import UNETS
 
-from d2dpm_jax.models import unet
 from d2dpm_jax.quantization import affine, integer, packing, policy, transform
 
 # Zero points of inputs and weights in units of the top code; beyond 0 .. 1 they
@@ -394,43 +394,16 @@ def test_inputs_that_do_not_fit_are_refused():
 
 # ---- U-Nets of the three families.
 
-_COMMON = dict(model_channels=32, num_res_blocks=1, out_channels=3)
-_UNETS = {
-  'imagenet': unet.UNet(
-    channel_mult=(1,),
-    attention_resolutions=(),  # In the middle there is always one.
-    num_heads=1,
-    use_spatial_transformer=True,
-    context_dim=16,
-    **_COMMON,
-  ),
-  'bedrooms': unet.UNet(
-    channel_mult=(1, 2),
-    attention_resolutions=(),
-    num_head_channels=32,
-    **_COMMON,
-  ),
-  'churches': unet.UNet(
-    channel_mult=(1, 2),
-    attention_resolutions=(),
-    num_heads=8,
-    use_scale_shift_norm=True,
-    resblock_updown=True,
-    **_COMMON,
-  ),
-}
-
 
 def _matches(rule, layers):
   return any(re.fullmatch(rule[0], layer.path) for layer in layers)
 
 
-@pytest.mark.parametrize('name', _UNETS)
-@pytest.mark.usefixtures('quick_compile')
+@pytest.mark.parametrize('name', UNETS)
 def test_unets_equal_simulated_ones(name):
   """Every layer on the same inputs, and the network as a whole."""
   rng = np.random.default_rng(0)
-  net = _UNETS[name]
+  net = UNETS[name]
   x = jnp.asarray(rng.normal(size=(2, 8, 8, 3)), jnp.float32)
   t = jnp.asarray([10, 700])
   context = None

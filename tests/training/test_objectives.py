@@ -10,8 +10,6 @@ import pytest
 from d2dpm_jax.diffusion import schedule
 from d2dpm_jax.training import objectives
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 _BATCH = 64  # Everywhere the same shapes: fewer programs to compile.
 _CLASSES = 4
 
