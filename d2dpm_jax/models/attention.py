@@ -48,8 +48,7 @@ class GEGLU(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     y = nn.Dense(2 * self.features, dtype=self.dtype, name='proj')(x)
     y, gate = jnp.split(y, 2, axis=-1)
-    # PyTorch's GELU is the erf one; Flax's default is the tanh approximation.
-    return y * nn.gelu(gate, approximate=False)
+    return y * layers.gelu(gate)  # float32, for the next layer to round.
 
 
 class FeedForward(nn.Module):

@@ -140,7 +140,7 @@ class Encoder(nn.Module):
       )
       h = level(h)
     h = Middle(self.dtype, name='mid')(h)
-    h = nn.silu(_norm(name='norm_out')(h)).astype(jnp.float32)
+    h = nn.silu(_norm(name='norm_out')(h))
     return layers.conv(self.out_channels, name='conv_out')(h)
 
 
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
         name=f'up_{i}',
       )
       h = level(h)
-    h = nn.silu(_norm(name='norm_out')(h)).astype(jnp.float32)
+    h = nn.silu(_norm(name='norm_out')(h))
     return layers.conv(self.out_channels, name='conv_out')(h)
 
 

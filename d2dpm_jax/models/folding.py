@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from d2dpm_jax.models.attention import CrossAttention
 
@@ -51,6 +52,41 @@ def _context(module: nn.Module, args: tuple[Any, ...]) -> Array | None:
   if not isinstance(module, CrossAttention) or len(args) < 2:
     return None
   return args[1]
+
+
+def round_parameters(
+  apply: Callable[..., Any], variables: dict[str, Any], *args: Any
+) -> dict[str, Any]:
+  """Kernels and biases in the dtype that their layers compute in.
+
+  Layers round them to it in every call, and XLA does not move that out of a
+  scan: it would be done in every step, for all weights.
+
+  Args:
+    apply: plain (not jitted) Linen `apply`.
+    variables: `{'params': ...}`.
+    *args: the model's inputs; arrays or `jax.ShapeDtypeStruct`s.
+
+  Returns:
+    `variables` with which `apply` returns the same.
+  """
+  dtypes: dict[tuple[str, ...], Any] = {}
+
+  def record(call, args, kwargs, at):
+    if isinstance(at.module, nn.Conv | nn.Dense) and at.module.dtype:
+      dtypes[at.module.path] = at.module.dtype
+    return call(*args, **kwargs)
+
+  def run(variables, args):
+    with nn.intercept_methods(record):
+      return apply(variables, *args)
+
+  jax.eval_shape(run, variables, args)
+  params = traverse_util.flatten_dict(variables['params'])
+  rounded = {
+    path: x.astype(dtypes.get(path[:-1], x.dtype)) for path, x in params.items()
+  }
+  return {**variables, 'params': traverse_util.unflatten_dict(rounded)}
 
 
 def compute(

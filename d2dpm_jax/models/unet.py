@@ -85,7 +85,7 @@ class ResBlock(nn.Module):
       scale, shift = jnp.split(emb, 2, axis=-1)
       h = norm(h) * (1 + scale) + shift
     else:
-      h = norm(h + emb)
+      h = norm(h, emb)
     h = conv(zero_init=True, name='out_layers_3')(nn.silu(h))
 
     if x.shape[-1] != self.out_channels:
@@ -224,7 +224,7 @@ class UNet(nn.Module):
           factor //= 2
         block += 1
 
-    h = nn.silu(layers.GroupNorm32(name='out_0')(h.astype(jnp.float32)))
+    h = nn.silu(layers.GroupNorm32(name='out_0')(h))
     return layers.conv(self.out_channels, zero_init=True, name='out_2')(h)
 
   @nn.nowrap

@@ -186,11 +186,17 @@ def _eps_fn(
       path: transform.LayerState(weight=None, act=layer['act'])
       for path, layer in simulated.items()
     }
-  apply = functools.partial(integer.apply(ldm.unet.apply), variables, layers)
   given = None
   if ldm.cond_stage is not None:
     null = jnp.full([1], ldm.null_label, jnp.int32)
     given = ldm.context(inputs.params, jnp.append(labels, null))
+  if not layers and ldm.unet.dtype != jnp.float32:
+    x, t = jnp.zeros([1, *ldm.latent_shape]), jnp.zeros([1])
+    context = None if given is None else given[:1]
+    variables = folding.round_parameters(
+      ldm.unet.apply, variables, x, t, context
+    )
+  apply = functools.partial(integer.apply(ldm.unet.apply), variables, layers)
   constants = folding.compute(
     apply, ldm.latent_shape, jnp.asarray(timesteps), given
   )

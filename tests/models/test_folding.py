@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from random_params import random_params
 from small_unets import UNETS
 
@@ -125,3 +126,21 @@ def test_quantized_layers_give_the_same_numbers(execution):
     # Sums of floats depend on how many rows a product has.
     tolerance = 0 if execution == 'integer' else 1e-6
     assert _distance(value, want[path]) <= tolerance, path
+
+
+def test_rounds_what_layers_round():
+  """In bfloat16 the same bits, from kernels of half the size."""
+  net = UNETS['imagenet'].clone(dtype=jnp.bfloat16)
+  variables = _variables('imagenet')
+  x, context = _inputs(net)
+  args = (x, jnp.full([2], 401), context)
+  rounded = folding.round_parameters(net.apply, variables, *args)
+  flat = traverse_util.flatten_dict(rounded['params'], sep='/')
+  wide = {path for path, a in flat.items() if a.dtype == jnp.float32}
+  assert 'input_blocks_0_0/kernel' not in wide
+  # Norms, the timestep embedding and the last layer compute in float32.
+  assert {'time_embed_0/kernel', 'out_2/kernel', 'out_0/scale'} <= wide
+  assert not any(p.endswith('in_layers_2/kernel') for p in wide)
+  np.testing.assert_array_equal(
+    net.apply(rounded, *args), net.apply(variables, *args)
+  )

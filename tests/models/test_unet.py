@@ -1,6 +1,7 @@
 """Structure of the U-Net; its numbers are held in test_ldm_parity.py."""
 
 import functools
+import math
 
 import flax.linen as nn
 import jax
@@ -278,3 +279,31 @@ def test_group_norm_in_one_pass_equals_two(shape, mean):
   size = np.abs(want).max()
   assert np.abs(got - want).max() <= 1e-6 * (1 + mean) * size
   assert np.abs(got - other).max() <= 1e-6 * (1 + mean) * size
+
+
+def test_group_norm_of_a_sum_that_is_not_made():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 6, 5, 64)).astype('f4')
+  offset = rng.normal(size=(2, 1, 1, 64)).astype('f4')
+  scale, bias = rng.normal(size=(2, 64)).astype('f4')
+  apply = layers.GroupNorm32().apply
+  params = {'params': {'scale': scale, 'bias': bias}}
+  want = apply(params, x + offset)
+  np.testing.assert_allclose(apply(params, x, offset), want, atol=3e-6)
+  assert np.abs(want - apply(params, x)).max() > 0.1
+
+
+def test_group_norm_of_bfloat16_is_rounded_by_who_takes_it():
+  x = np.random.default_rng(0).normal(size=(2, 6, 5, 64))
+  x = jnp.asarray(x, jnp.bfloat16)
+  got, variables = layers.GroupNorm32().init_with_output(jax.random.key(0), x)
+  want = layers.GroupNorm32().apply(variables, x.astype(jnp.float32))
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_gelu_is_that_of_pytorch():
+  x = np.linspace(-8, 8, 1001)
+  want = [a * 0.5 * (1 + math.erf(a / math.sqrt(2))) for a in x]
+  got = layers.gelu(jnp.asarray(x, jnp.float32))
+  np.testing.assert_allclose(got, want, atol=1e-6)

@@ -77,6 +77,27 @@ def _conv(layer, x, strides, padding):
   return found
 
 
+@pytest.mark.parametrize('zero', [0, 77, 255, 300, -9000])
+@pytest.mark.parametrize('bits', [2, 8])
+def test_rounds_as_codes_do(bits, zero):
+  """At ties, at both ends and far beyond them, in either dtype."""
+  act = affine.QParams(np.float32(0.5), np.float32(zero), bits)
+  weight = affine.QWeight(
+    np.zeros([1, 1], np.uint8), np.float32(1), np.float32(0), 8
+  )
+  state = {'': transform.LayerState(weight=weight, act=act)}
+  layer = integer.prepare(state)['']
+  near = np.arange(-2, 2**bits + 2, 0.25) - zero
+  x = 0.5 * np.concatenate([near, [-1e30, -3e7, 3e7, 1e30, np.inf, -np.inf]])
+  for dtype in (jnp.float32, jnp.bfloat16):
+    given = jnp.asarray(x, dtype)[:, None]
+    codes = affine.quantize(given.astype(jnp.float32), act).codes
+    whole = np.asarray(codes, np.int64) - zero
+    found = jax.jit(integer.input_operand)(layer, given)
+    offset = np.clip(zero, 2**bits - 128, 128)
+    np.testing.assert_array_equal(found, whole + zero - offset)
+
+
 @pytest.mark.parametrize('per_channel', [True, False])
 @pytest.mark.parametrize('zeros', _ZEROS)
 @pytest.mark.parametrize('bits', [(2, 8), (4, 8), (8, 8), (4, 4), (8, 4)])
