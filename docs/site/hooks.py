@@ -37,7 +37,7 @@ _FOLDERS = (*(f'd2dpm_jax/{room}' for room in _ROOMS), 'convert')
 _TEXTS = {
   'README.md': 'index.md',
   'CHANGELOG.md': 'CHANGELOG.md',
-  'd2dpm_jax/pretrained/README.md': 'd2dpm_jax/pretrained/README.md',
+  'd2dpm_jax/pretrained/README.md': 'pretrained.md',
 }
 _LISTED = ('configs', 'examples')  # Shown as source code.
 _LINK = re.compile(r'(?<=\]\()([^)#\s]+)')
