@@ -93,7 +93,10 @@ def _module_page(path: pathlib.Path) -> str:
 
 
 def _cell(text: str) -> str:
-  return re.sub(r'([*_\[\]<>|])', r'\\\1', text)
+  """Plain text as Markdown; what is between backticks is left alone."""
+  parts = re.split(r'(`[^`]+`)', text)
+  parts[::2] = [re.sub(r'([*_\[\]<>|])', r'\\\1', x) for x in parts[::2]]
+  return ''.join(parts)
 
 
 def _table(what: str, rows: list[tuple[str, str, str]]) -> str:
@@ -141,6 +144,26 @@ def _generated() -> Iterator[tuple[str, str]]:
       page = _source_of(path.relative_to(_ROOT).as_posix())
       assert page is not None
       yield page, _module_page(path)
+
+
+def _deepen(markdown: str) -> str:
+  """Indents by four what belongs to an item of a list.
+
+  So Python-Markdown wants it; in the repository it stands below the text of
+  the item, as two or three columns are enough for others.
+  """
+  width, fenced, lines = 0, False, []
+  for line in markdown.splitlines():
+    fenced ^= line.startswith('```')
+    item = re.match(r'[-*] |\d\. ', line)
+    if item and not fenced:
+      width = len(item[0])
+    elif line and not line.startswith(' '):
+      width = 0
+    elif width and line.startswith(' ' * width):
+      line = ' ' * (4 - width) + line
+    lines.append(line)
+  return '\n'.join(lines) + '\n'
 
 
 # ---- What MkDocs calls
@@ -209,6 +232,6 @@ def on_page_markdown(
         return f'[{match[0]}]({url})'
     return match[0]
 
-  parts = _FENCE.split(markdown)
+  parts = _FENCE.split(_deepen(markdown))
   parts[::2] = [_NAMED.sub(named, _LINK.sub(link, part)) for part in parts[::2]]
   return ''.join(parts)
