@@ -48,7 +48,7 @@ test-notebook: $(VENV)/.dev  ## Runs the notebook.
 	$(RUN) -m pytest -m slow tests/test_notebook.py
 
 docs: $(VENV)/.docs  ## Builds the pages of out/site; a warning is an error.
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
 	@echo 'Look at out/site/index.html'
 
 golden:  ## Re-makes and compares reference arrays; tests/golden/README.md.
