@@ -10,7 +10,7 @@ GOLDEN_SOURCES ?= golden-sources
 # One process a core, and no oversubscription inside each.
 TEST_WORKERS ?= 2
 
-.PHONY: demo golden test test-browser test-slow test-notebook lint types format clean help
+.PHONY: demo docs golden test test-browser test-slow test-notebook lint types format clean help
 
 help:  ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +23,10 @@ $(VENV)/.run: requirements.txt
 
 $(VENV)/.dev: requirements-dev.txt pyproject.toml $(VENV)/.run
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml $(VENV)/.run
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	@touch $@
 
 demo: $(VENV)/.run  ## Calibrates the embedded model and draws the comparison.
@@ -42,6 +46,10 @@ test-browser: $(VENV)/.dev  ## Looks at a report in Chromium, which has to be in
 
 test-notebook: $(VENV)/.dev  ## Runs the notebook.
 	$(RUN) -m pytest -m slow tests/test_notebook.py
+
+docs: $(VENV)/.docs  ## Builds the pages of out/site; a warning is an error.
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+	@echo 'Look at out/site/index.html'
 
 golden:  ## Re-makes and compares reference arrays; tests/golden/README.md.
 	$(TORCH) tests/golden/remake.py $(GOLDEN_SOURCES)

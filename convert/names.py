@@ -156,7 +156,16 @@ def assign(
 
 
 def to_parameter(array: np.ndarray, path: str, target: Target) -> np.ndarray:
-  """A tensor as the float32 parameter that `assign` found for it."""
+  """A tensor as the float32 parameter that `assign` found for it.
+
+  Args:
+    array: the PyTorch tensor.
+    path: of the parameter.
+    target: what the model has.
+
+  Returns:
+    float32, contiguous, in the layout of Flax.
+  """
   return np.ascontiguousarray(_arranged(array, path, target), dtype=np.float32)
 
 

@@ -21,7 +21,12 @@ _MAX_PICKLE = 16 * 2**20
 
 
 def find_pickle(archive: Archive) -> Member | None:
-  """Returns the record data.pkl of torch.save's zip format."""
+  """Returns the record data.pkl of torch.save's zip format, if there is one.
+
+  Raises:
+    CheckpointError: there are several, or the file is a TorchScript
+      program.
+  """
   members = archive.members
   found = [n for n in members if n == 'data.pkl' or n.endswith('/data.pkl')]
   if len(found) > 1:
@@ -35,7 +40,11 @@ def find_pickle(archive: Archive) -> Member | None:
 
 
 def read_zip(archive: Archive, pickled: Member) -> Any:
-  """Builds the object of a zip file; its tensors refer to the archive."""
+  """Builds the object of a zip file; its tensors refer to the archive.
+
+  Raises:
+    CheckpointError: the file is not what torch.save writes.
+  """
   prefix = pickled.info.filename.removesuffix('data.pkl')
   order = b'little'
   if byteorder := archive.members.get(f'{prefix}byteorder'):
@@ -81,6 +90,9 @@ def read_legacy(file: File) -> Any:
 
   Five pickles (magic number, protocol, system, object, storage keys), then for
   each key its int64 size and its data, little-endian on every system.
+
+  Raises:
+    CheckpointError: the file is not what torch.save wrote.
   """
   stream = Window(file, _MAX_PICKLE)
   if restricted_unpickler.load(stream, {}) != _LEGACY_MAGIC:

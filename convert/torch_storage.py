@@ -73,7 +73,11 @@ class Storage:
     return self.size * self.dtype.itemsize
 
   def read(self, start: int, count: int) -> np.ndarray:
-    """Returns numbers `start` to `start + count` in native byte order."""
+    """Returns numbers `start` to `start + count` in native byte order.
+
+    Raises:
+      CheckpointError: the data are not in the file.
+    """
     if self.read_bytes is None:
       raise CheckpointError('a tensor whose data is not in the file')
     width = self.dtype.itemsize
@@ -93,7 +97,11 @@ class StorageType:
 
 
 def parse_persistent_id(pid: Any) -> tuple[str, np.dtype, int]:
-  """Returns key, dtype and size of the storage that a persistent id names."""
+  """Returns key, dtype and size of the storage that a persistent id names.
+
+  Raises:
+    CheckpointError: it names none, or one of a kind that is not read.
+  """
   match pid:
     case ('storage', StorageType(dtype), str(key), str(_), int(size)):
       pass

@@ -1,9 +1,12 @@
 """The notebook interface: load, calibrate, sample; arrays in, arrays out.
 
-import d2dpm_jax as d2
-model = d2.load('mnist')
-quantized = d2.calibrate(model, weight_bits=4, act_bits=8)
-images = d2.sample(quantized, labels=[3] * 8, correction='auto')
+  import d2dpm_jax as d2
+
+  model = d2.load('mnist')
+  quantized = d2.calibrate(model, weight_bits=4, act_bits=8)
+  images = d2.sample(quantized, labels=[3] * 8, correction='auto')
+
+It takes the models of configs; docs/extend.md has the way of any other network.
 """
 
 import contextlib

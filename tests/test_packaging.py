@@ -58,7 +58,7 @@ def test_every_requirement_has_a_range_and_extras_agree(project):
     match = re.fullmatch(r'([\w-]+)(\[\w+\])?(>=.+,<.+|==.+)', line)
     assert match, line
     assert found.setdefault(match[1], match[3]) == match[3]
-  assert {'cuda', 'tpu', 'data', 'dev'} == set(extras)
+  assert {'cuda', 'tpu', 'data', 'dev', 'docs'} == set(extras)
   assert {'jax', 'jinja2', 'matplotlib'} <= set(found)
 
 

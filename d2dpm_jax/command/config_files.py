@@ -16,7 +16,11 @@ _WIDTH, _COLUMN = 80, 40  # Of the listing; comments begin at the column.
 
 
 def shipped() -> pathlib.Path:
-  """The folder of the experiments that come with the program."""
+  """The folder of the experiments that come with the program.
+
+  Raises:
+    FileNotFoundError: they are not installed.
+  """
   found = importlib.util.find_spec('configs')
   if found is None or not found.submodule_search_locations:
     raise FileNotFoundError('The package `configs` is not installed.')

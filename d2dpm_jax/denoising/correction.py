@@ -60,7 +60,10 @@ def none(
   row: CorrectionRow | None,
   noise: jax.Array | None,
 ) -> tuple[jax.Array, Residual]:
-  """The quantized network as it is."""
+  """The quantized network as it is.
+
+  Arguments and results are those of `s_d2`; only `eps_q` is used.
+  """
   del x, row, noise
   return eps_q, 0.0
 
@@ -99,7 +102,17 @@ def d_d2(
   row: CorrectionRow,
   noise: jax.Array | None,
 ) -> tuple[jax.Array, Residual]:
-  """Subtracts the error's mean, absorbs its variance (D-D2, same paper)."""
+  """Subtracts the error's mean, absorbs its variance (D-D2, arXiv:2501.08180).
+
+  Args:
+    eps_q: float32[B, H, W, C], after guidance.
+    x: not used.
+    row: of `correction_rows(model, 'd-d2', ...)`.
+    noise: not used.
+
+  Returns:
+    (float32[B, H, W, C], residual variance float32[1, 1, G]).
+  """
   del x, noise
   return row.scale * eps_q - row.shift, row.residual_variance
 
@@ -113,7 +126,8 @@ def ptqd(
   """The baseline PTQD (arXiv:2305.10657, Sec. 3.2 and 3.3).
 
   It takes the error for d = k * eps + residual: the residual's mean per channel
-  is subtracted, the rest divided by 1 + k.
+  is subtracted, the rest divided by 1 + k. Arguments and results are those of
+  `d_d2`.
   """
   del x, noise
   return row.scale * eps_q - row.shift, row.residual_variance
@@ -125,7 +139,10 @@ def mean_only(
   row: CorrectionRow,
   noise: jax.Array | None,
 ) -> tuple[jax.Array, Residual]:
-  """Ablation: D-D2's mean, with the sampler's noise left alone."""
+  """Ablation: D-D2's mean, with the sampler's noise left alone.
+
+  Arguments and results are those of `d_d2`, the residual variance being 0.
+  """
   del x, noise
   return row.scale * eps_q - row.shift, 0.0
 
@@ -136,7 +153,10 @@ def variance_only(
   row: CorrectionRow,
   noise: jax.Array | None,
 ) -> tuple[jax.Array, Residual]:
-  """Ablation: D-D2's absorption, with eps_q left alone."""
+  """Ablation: D-D2's absorption, with eps_q left alone.
+
+  Arguments and results are those of `d_d2`.
+  """
   del x, noise
   return eps_q, row.residual_variance
 
@@ -147,7 +167,17 @@ def auto(
   row: CorrectionRow,
   noise: jax.Array | None,
 ) -> tuple[jax.Array, Residual]:
-  """Subtracts what was predicted best on held-out images, step by step."""
+  """Subtracts what was predicted best on held-out images, step by step.
+
+  Args:
+    eps_q: float32[B, H, W, C], after guidance.
+    x: float32[B, H, W, C], what the network answered to.
+    row: of `correction_rows(held_out, 'auto', ...)`.
+    noise: not used.
+
+  Returns:
+    (float32[B, H, W, C], residual variance float32[1, 1, C]).
+  """
   del noise
   predicted = row.shift
   # A few products per element, fused with what is around them and in full

@@ -285,6 +285,7 @@ class ErrorModel(Table):
 
   @property
   def channel_wise(self) -> bool:
+    """Whether there is one Gaussian per channel."""
     return self.mean_q.ndim == 2
 
   @property
@@ -324,6 +325,14 @@ def stack(
   settings: Mapping[str, Any] | None = None,
 ) -> ErrorModel:
   """Makes an error model of one `Fit` per timestep.
+
+  Args:
+    timesteps: S of them, distinct.
+    fits: S of them, in the same order.
+    settings: what they depend on, see `ErrorModel`.
+
+  Returns:
+    The statistics stacked to [S] or [S, C].
 
   Raises:
     ValueError: their numbers differ, or some fits are channel-wise and some
@@ -377,6 +386,9 @@ def fit(
     channel_wise: see `fit_timestep`.
     outlier_std: see `fit_timestep`.
     settings: what the result depends on, see `ErrorModel`.
+
+  Returns:
+    Statistics of all timesteps.
 
   Raises:
     ValueError: names the timestep whose pairs cannot be used.

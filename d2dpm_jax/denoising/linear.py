@@ -53,7 +53,16 @@ def add(parts: Iterable[Sums]) -> Sums:
 
 
 def diagonal(gain: Any, bias: Any, channels: int) -> Map:
-  """d is about gain * eps_q + bias; each is float64[] or [C]."""
+  """The map of one channel of eps_q each: d is about gain * eps_q + bias.
+
+  Args:
+    gain: float64[], or [C].
+    bias: float64[], or [C].
+    channels: C.
+
+  Returns:
+    Weights [2C, C], zero for x_t and off the diagonal; offset [1, C].
+  """
   weights = np.zeros((2 * channels, channels))
   np.fill_diagonal(weights, gain)
   return Map(weights, np.broadcast_to(bias, (1, channels)))
@@ -65,6 +74,9 @@ def fit(found: Sums, by_place: bool) -> Map:
   Args:
     found: of the images to fit to.
     by_place: an offset for each place, in place of one for all.
+
+  Returns:
+    Weights [Z, C] and offset [P, C] or [1, C], float64.
   """
   places, width = found.y.shape
   mean = found.y / found.images
@@ -79,5 +91,14 @@ def fit(found: Sums, by_place: bool) -> Map:
 
 
 def left(maps: Sequence[Map], known: np.ndarray, d: np.ndarray) -> np.ndarray:
-  """What each map leaves of d, float64[len(maps), N, P, C]."""
+  """What each map leaves of d.
+
+  Args:
+    maps: K of them.
+    known: float64[N, P, Z], eps_q and x_t.
+    d: float64[N, P, C].
+
+  Returns:
+    float64[K, N, P, C].
+  """
   return np.stack([d - (known @ m.weights + m.offset) for m in maps])

@@ -268,6 +268,9 @@ def evaluate(
     outlier_std: as for `gaussian.fit`; the linear maps leave nothing out, and
       held-out errors are all counted.
 
+  Returns:
+    The candidates, fitted to all images, with their held-out errors.
+
   Raises:
     ValueError: there are fewer than 2 folds or images; or as `gaussian.fit`.
   """

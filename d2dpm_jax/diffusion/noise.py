@@ -58,7 +58,16 @@ def noise_for(
 def initial_noise(
   key: jax.Array, image_index: jax.Array | Sequence[int], shape: Sequence[int]
 ) -> jax.Array:
-  """x_T of each image of a batch, float32[B, H, W, C]; see `noise_for`."""
+  """x_T of each image of a batch.
+
+  Args:
+    key: from `seed_key`.
+    image_index: int[B], see `noise_for`.
+    shape: of one image, (H, W, C).
+
+  Returns:
+    float32[B, H, W, C], standard normal.
+  """
   return noise_for(key, image_index, 0, shape, Stream.INITIAL)
 
 
@@ -68,7 +77,17 @@ def noise_stream(
   shape: Sequence[int],
   stream: Stream = Stream.SAMPLER,
 ) -> Callable[[jax.Array], jax.Array]:
-  """`noise_for` as the function of the step index that `sample` takes."""
+  """`noise_for` as the function of the step index that `sample` takes.
+
+  Args:
+    key: from `seed_key`.
+    image_index: int[B], see `noise_for`.
+    shape: of one image, (H, W, C).
+    stream: what the noise is for; `Stream.ERROR` for `error_noise_fn`.
+
+  Returns:
+    step int[] -> float32[B, H, W, C].
+  """
   return functools.partial(
     noise_for, key, image_index, shape=shape, stream=stream
   )

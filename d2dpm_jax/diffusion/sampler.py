@@ -64,16 +64,16 @@ def sample(
 
 
 def sample(
-  eps_fn,
-  rows,
-  x_T,
-  noise_fn=None,
-  correct=None,
-  correction_rows=None,
-  error_noise_fn=None,
-  tables=None,
-  collect=None,
-):
+  eps_fn: EpsFn,
+  rows: ddim.Rows,
+  x_T: jax.Array,
+  noise_fn: NoiseFn | None = None,
+  correct: CorrectFn | None = None,
+  correction_rows: Any = None,
+  error_noise_fn: NoiseFn | None = None,
+  tables: Any = None,
+  collect: CollectFn | None = None,
+) -> jax.Array | tuple[jax.Array, Any]:
   """Runs a DDIM trajectory from noise to data.
 
   Pure, to be jitted (or put under `shard_map`) together with whatever surrounds

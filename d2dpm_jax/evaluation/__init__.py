@@ -1,0 +1,1 @@
+"""What samples are judged by: feature networks, distances, image sets."""

@@ -20,6 +20,8 @@ _COLUMNS = 8192
 
 
 class PrecisionRecall(NamedTuple):
+  """Two shares in [0, 1]."""
+
   precision: float  # Share of the samples inside the reference's manifold.
   recall: float  # Share of the reference inside the samples' manifold.
 

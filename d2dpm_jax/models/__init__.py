@@ -1,0 +1,1 @@
+"""The networks of latent diffusion, in Linen, with the names of LDM."""

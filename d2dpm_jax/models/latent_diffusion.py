@@ -105,7 +105,17 @@ class LatentDiffusion:
     t: jax.Array,
     context: jax.Array | None = None,
   ) -> jax.Array:
-    """Predicted noise; see `UNet.__call__`."""
+    """Predicted noise, of scaled latents; see `UNet.__call__`.
+
+    Args:
+      params: of all three networks.
+      x: float32[B, H, W, C].
+      t: int32[B], 0..999.
+      context: float32[B, L, D] of `context`, or None.
+
+    Returns:
+      float32[B, H, W, C].
+    """
     return _apply(self.unet, params['unet'], x, t, context)
 
   def context(self, params: Params, labels: jax.Array) -> jax.Array:

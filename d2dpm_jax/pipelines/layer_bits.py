@@ -14,7 +14,11 @@ from d2dpm_jax.quantization import policy, transform, units
 def layer_policy(
   model: setup.Model,
 ) -> tuple[policy.Policy, tuple[transform.Layer, ...]]:
-  """Bits of every layer of the U-Net, see `config.quant`, and the layers."""
+  """Bits of every layer of the U-Net, see `config.quant`, and the layers.
+
+  Raises:
+    ValueError: nothing is quantized, or as `policy.build_policy`.
+  """
   layers, quant = list_layers(model), model.config.quant
   table = policy.build_policy(layers, policy_rules(quant))
   if not any(table.values()):
@@ -62,7 +66,11 @@ def _widened(table: policy.Policy, pattern: str, reach: float) -> policy.Policy:
 
 
 def policy_rules(quant: ml_collections.ConfigDict) -> list[policy.Rule]:
-  """Rules that `config.quant` describes; an empty regex is none."""
+  """Rules that `config.quant` describes; an empty regex is none.
+
+  Raises:
+    ValueError: bits that are not in 2..8.
+  """
   for name in ('weight_bits', 'act_bits', 'edge_bits'):
     if not 2 <= quant[name] <= 8:
       raise ValueError(f'quant.{name} is {quant[name]}; expected 2..8.')

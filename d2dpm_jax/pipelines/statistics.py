@@ -10,7 +10,7 @@ the points that the corrected sampler really sees.
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
@@ -18,6 +18,8 @@ import numpy as np
 
 from d2dpm_jax.denoising import correction as corrections
 from d2dpm_jax.denoising import gaussian, selection
+from d2dpm_jax.denoising import statistics as errors_of
+from d2dpm_jax.denoising.statistics import Statistics
 from d2dpm_jax.diffusion import ddim, noise
 from d2dpm_jax.pipelines import artifacts, generation, setup, trajectories
 from d2dpm_jax.quantization import transform
@@ -31,13 +33,6 @@ _LOGGED_ROWS = 10  # Of the table of held-out errors, at most.
 
 # Timestep -> chunks (eps_q, eps, x_t), float32[N, h, w, c].
 PointsAt = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]]
-
-
-class Statistics(NamedTuple):
-  """What is known of the errors; fields of `artifacts.Quantized`."""
-
-  error_models: dict[str, gaussian.ErrorModel]
-  held_out: selection.HeldOut
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -146,26 +141,13 @@ def corrected_with(settings: ml_collections.ConfigDict) -> dict[str, Any]:
 def _fit(
   timesteps: Sequence[int], points: PointsAt, model: setup.Model
 ) -> Statistics:
-  settings, config = settings_of(model), model.config.statistics
-  error_models = {
-    kind: gaussian.fit(
-      timesteps,
-      points,
-      channel_wise=kind == 'channel',
-      outlier_std=config.outlier_std,
-      settings=settings,
-    )
-    for kind in ('tensor', 'channel')
-  }
-  return Statistics(
-    error_models,
-    selection.evaluate(
-      error_models['tensor'],
-      error_models['channel'],
-      points,
-      config.folds,
-      config.outlier_std,
-    ),
+  config = model.config.statistics
+  return errors_of.fit(
+    timesteps,
+    points,
+    outlier_std=config.outlier_std,
+    folds=config.folds,
+    settings=settings_of(model),
   )
 
 
@@ -240,14 +222,8 @@ def _correction_row(
   found: Statistics, settings: ml_collections.ConfigDict, t: int
 ) -> Any:
   """That of `settings.correction` at timestep t."""
-  kind = settings.correction
-  errors = (
-    found.held_out
-    if kind == 'auto'
-    else found.error_models['channel' if settings.channel_wise else 'tensor']
-  )
-  table = corrections.correction_rows(
-    errors, kind, [t], settings.absorb_variance
+  table = found.rows(
+    settings.correction, [t], settings.channel_wise, settings.absorb_variance
   )
   return jax.tree.map(lambda column: column[0], table)
 

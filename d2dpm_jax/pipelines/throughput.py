@@ -39,7 +39,11 @@ _TRACED_BATCHES = 4
 
 
 def report(config: ml_collections.ConfigDict, paths: files.Workdir) -> None:
-  """Prints the rates, and writes them to benchmark/job.json."""
+  """Prints the rates, and writes them to benchmark/job.json.
+
+  Raises:
+    ValueError: no images are asked for.
+  """
   if config.benchmark.num_images < 1:
     raise ValueError(
       f'benchmark.num_images is {config.benchmark.num_images}; expected >= 1.'

@@ -136,7 +136,16 @@ class Settings:
 def rectified_sigmoid(
   alpha: Array, zeta: Array | float = 1.1, gamma: Array | float = -0.1
 ) -> Array:
-  """h(α) = clip(sigmoid(α)·(ζ - γ) + γ, 0, 1). Equation 23."""
+  """h(α) = clip(sigmoid(α)·(ζ - γ) + γ, 0, 1). Equation 23.
+
+  Args:
+    alpha: float[...].
+    zeta: upper end of the stretched sigmoid, above 1.
+    gamma: its lower end, below 0.
+
+  Returns:
+    float[...] in [0, 1].
+  """
   return jnp.clip(jax.nn.sigmoid(alpha) * (zeta - gamma) + gamma, 0, 1)
 
 
@@ -190,7 +199,16 @@ def soft_kernel(
 def hard_weight(
   kernel: Array, alpha: Array, q: affine.QParams
 ) -> affine.QWeight:
-  """Codes with each weight on the side that α chose (up where α >= 0)."""
+  """Codes with each weight on the side that α chose.
+
+  Args:
+    kernel: float[..., O].
+    alpha: float[..., O]; a weight goes up where it is 0 or above.
+    q: grid of the kernel.
+
+  Returns:
+    Codes uint8[..., O] on the grid `q`.
+  """
   codes = jnp.floor(kernel / q.scale) + (alpha >= 0) + q.zero_point
   codes = jnp.clip(codes, 0, 2**q.bits - 1)
   return affine.QWeight(codes.astype(jnp.uint8), q.scale, q.zero_point, q.bits)
@@ -202,7 +220,17 @@ def regularizer(
   zeta: Array | float = 1.1,
   gamma: Array | float = -0.1,
 ) -> Array:
-  """Σ 1 - |2h(α) - 1|^β over all weights. Equation 24."""
+  """Σ 1 - |2h(α) - 1|^β over all weights. Equation 24.
+
+  Args:
+    alphas: float[..., O] of each kernel.
+    beta: β, the exponent.
+    zeta: see `rectified_sigmoid`.
+    gamma: see `rectified_sigmoid`.
+
+  Returns:
+    float32[]; 0 where every h(α) is 0 or 1.
+  """
   total = jnp.float32(0)
   for alpha in alphas:
     h = rectified_sigmoid(alpha, zeta, gamma)

@@ -63,11 +63,16 @@ class QWeight:
 
   @property
   def qparams(self) -> QParams:
+    """Its grid."""
     return QParams(self.scale, self.zero_point, self.bits)
 
 
 def check_bits(bits: int) -> int:
-  """Returns `bits` if it is a width that is supported, else raises."""
+  """Returns `bits` as an int.
+
+  Raises:
+    ValueError: it is not a whole number, or not in 2..8.
+  """
   if isinstance(bits, bool) or not isinstance(bits, int | np.integer):
     raise ValueError(f'Bits must be a whole number, got {bits!r}.')
   if not MIN_BITS <= bits <= MAX_BITS:
@@ -268,7 +273,15 @@ def range_mse(x: Array, bits: int, per_channel: bool = False) -> QParams:
 
 
 def widen(q: QParams, reach: float) -> QParams:
-  """The grid itself if it reaches from -reach to reach, else a wider one."""
+  """The grid itself if it reaches from -reach to reach, else a wider one.
+
+  Args:
+    q: grid, per tensor or per channel.
+    reach: in units of the tensor, >= 0.
+
+  Returns:
+    A grid of the same shape and bits.
+  """
   top = 2**q.bits - 1
   low, high = -q.zero_point * q.scale, (top - q.zero_point) * q.scale
   scale, zero_point = _grid(
@@ -289,7 +302,11 @@ RANGE_METHODS: dict[str, Callable[..., QParams]] = {
 
 
 def range_method(name: str) -> Callable[..., QParams]:
-  """Looks up `RANGE_METHODS`, with an error that names the choices."""
+  """Looks up `RANGE_METHODS`.
+
+  Raises:
+    ValueError: there is no such method; the message names the choices.
+  """
   if name not in RANGE_METHODS:
     raise ValueError(
       f'Range method {name!r}: expected one of {sorted(RANGE_METHODS)}.'

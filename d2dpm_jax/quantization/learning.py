@@ -39,7 +39,18 @@ def _quantized_call(call: Call, variables, grids: Grids, batch, whole) -> Any:
 def forward(
   call: Call, variables: Any, grids: Grids, batch: Any, whole: Any
 ) -> Any:
-  """Output of a unit; inputs of the layers in `grids` are quantized."""
+  """Output of a unit; inputs of the layers in `grids` are quantized.
+
+  Args:
+    call: form of the call.
+    variables: of the unit.
+    grids: path within the unit -> grid of the layer's input.
+    batch: arrays with a sample per row.
+    whole: the other arrays.
+
+  Returns:
+    What the unit returns, a pytree with a sample per row.
+  """
   return _quantized_call(call, variables, grids, batch, whole)
 
 
@@ -52,7 +63,19 @@ def search_grids(
   batch: Any,
   whole: Any,
 ) -> Grids:
-  """Ranges of the layers' inputs, each with those before it quantized."""
+  """Ranges of the layers' inputs, each with those before it quantized.
+
+  Args:
+    call: form of the call of a unit.
+    layers: (path within the unit, bits) of its quantized layers.
+    method: a key of `affine.RANGE_METHODS`.
+    variables: of the unit.
+    batch: arrays with a sample per row.
+    whole: the other arrays.
+
+  Returns:
+    Path -> grid, one per tensor, of the layers whose input is quantized.
+  """
   wanted = {path: bits for path, bits in layers if bits.a is not None}
   found: Grids = {}
 
@@ -100,7 +123,16 @@ init_alpha = jax.jit(adaround.init_alpha)
 def harden(
   kernel: Array, alpha: Array, nearest: affine.QWeight
 ) -> tuple[affine.QWeight, Array]:
-  """Learned codes, and how many of them are not the nearest."""
+  """Learned codes, and how many of them are not the nearest.
+
+  Args:
+    kernel: float[..., O].
+    alpha: float[..., O], see `adaround.hard_weight`.
+    nearest: codes of the kernel by nearest rounding.
+
+  Returns:
+    Codes on the same grid; int32[].
+  """
   weight = adaround.hard_weight(kernel, alpha, nearest.qparams)
   return weight, jnp.sum(weight.codes != nearest.codes)
 

@@ -194,6 +194,9 @@ def list_units(
     policy: path -> bits.
     args: the model's inputs; arrays or `jax.ShapeDtypeStruct`s.
     block_types: class names of modules that are reconstructed as a whole.
+
+  Returns:
+    Every unit once, at its first call.
   """
   found: dict[str, Unit] = {}
 

@@ -1,0 +1,1 @@
+"""Files, devices, processes, signals, progress, metrics."""

@@ -278,6 +278,7 @@ def save_array(path: str | os.PathLike[str], array: np.ndarray) -> None:
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
+  """Writes JSON aside, then renames it into place."""
   with atomic_write(path, 'w') as file:
     json.dump(content, file, indent=2, sort_keys=True)
     file.write('\n')

@@ -63,6 +63,7 @@ def grid(
 
 
 def save_png(path: pathlib.Path, image: Image.Image) -> None:
+  """Writes an image aside, then renames it into place."""
   data = io.BytesIO()
   image.save(data, 'PNG')
   with files.atomic_write(path) as file:

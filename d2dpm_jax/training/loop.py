@@ -20,6 +20,8 @@ LossFn = Callable[[PyTree, jax.Array, PyTree], tuple[jax.Array, dict]]
 
 @struct.dataclass
 class TrainState:
+  """What a step of training changes; kept in checkpoints."""
+
   step: jax.Array
   params: PyTree
   ema: PyTree
