@@ -286,6 +286,9 @@ def _statistics() -> ml_collections.ConfigDict:
   statistics.num_samples = 1024  # trajectories
   statistics.outlier_std = 4.0  # farther from the mean: left out
   statistics.folds = 4  # of images, to try the corrections on others
+  # More trajectories, on which `auto` is tried from end to end; 0: it is not,
+  # and takes what predicts the most of each step's error.
+  statistics.num_trials = 64
   return statistics
 
 
@@ -419,4 +422,4 @@ def _set_fast_quantization(config: ml_collections.ConfigDict) -> None:
     iters=100, batch_size=16, lr=2e-2, act_iters=50, act_batch_size=16
   )
   config.calibration.num_samples = 128
-  config.statistics.num_samples = 128
+  config.statistics.update(num_samples=128, num_trials=16)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from d2dpm_jax.denoising import correction, statistics
+from d2dpm_jax.denoising import correction, selection, statistics
 from d2dpm_jax.diffusion import ddim, noise, sampler, schedule
 from d2dpm_jax.quantization import integer, policy, reconstruction, transform
 
@@ -37,6 +37,7 @@ class Settings:
   act_bits: int = 8
   iters: int = 200  # Of AdaRound, per block.
   calibration_images: int = 128
+  trial_images: int = 32  # On which `auto` is tried before it is used.
   images: int = 128  # Those that PSNR is of.
   sampling_steps: int = 20
   eta: float = 0.0
@@ -177,28 +178,37 @@ class Problem:
   rows: ddim.Rows
   seed: int
 
-  def sample(
+  def sampler(
     self,
     eps: Callable[..., Array],
     first: int,
     count: int,
     **options: Any,
-  ) -> Any:
-    """Images first .. first + count - 1; `eps` is of (x, t, label)."""
+  ) -> Callable[..., Any]:
+    """Makes images first .. first + count - 1; `eps` is of (x, t, label).
+
+    Returns:
+      A jitted function of a table of corrections, or of nothing.
+    """
     key, index = noise.seed_key(self.seed), first + jnp.arange(count)
     label, shape = index % CLASSES, (SIZE, SIZE, CHANNELS)
 
     @jax.jit
-    def run():
+    def run(correction_rows=None):
       return sampler.sample(
         lambda x, t, table: eps(x, t, label),
         self.rows,
         noise.initial_noise(key, index, shape),
         noise.noise_stream(key, index, shape),
+        correction_rows=correction_rows,
         **options,
       )
 
-    return run()
+    return run
+
+  def sample(self, eps: Callable[..., Array], *images: int, **options: Any):
+    """What `sampler` makes, not corrected."""
+    return self.sampler(eps, *images, **options)()
 
   def full_precision(self, x: Array, t: Array, label: Array) -> Array:
     return self.model.apply(self.variables, x, t, label)
@@ -265,6 +275,32 @@ class Problem:
     _, arrays = self.sample(self.full_precision, 0, count, collect=collect)
     return statistics.fit_arrays(self.rows.t, *arrays)
 
+  def corrected(
+    self, state: transform.QuantState, kind: str, *images: int
+  ) -> Callable[[statistics.Statistics], Array]:
+    """Images of the quantized network, corrected with what is known."""
+    run = self.sampler(
+      self.quantized(state), *images, correct=correction.CORRECTIONS[kind]
+    )
+    return lambda errors: run(errors.rows(kind, self.rows.t))
+
+  def settled(
+    self,
+    state: transform.QuantState,
+    errors: statistics.Statistics,
+    *images: int,
+  ) -> statistics.Statistics:
+    """Keeps of `auto` what helps over whole trajectories of new images."""
+    wanted = self.sample(self.full_precision, *images)
+    corrected = self.corrected(state, 'auto', *images)
+
+    def distance(held_out: selection.HeldOut) -> float:
+      got = corrected(errors._replace(held_out=held_out))
+      return float(jnp.mean(jnp.square(got - wanted)))
+
+    held_out, _ = selection.settle(errors.held_out, distance)
+    return errors._replace(held_out=held_out)
+
 
 def psnr(images: Any, wanted: Any) -> float:
   """dB, of images in [-1, 1]."""
@@ -280,22 +316,15 @@ def compare(
   Returns:
     correction -> dB; 'integers' is the network on int8, not corrected.
   """
-  images = functools.partial(
-    problem.sample, first=s.calibration_images, count=s.images
-  )
-  wanted = images(problem.full_precision)
-  quantized = problem.quantized(state)
   errors = problem.fit_errors(state, s.calibration_images)
-  found = {'none': psnr(images(quantized), wanted)}
+  errors = problem.settled(state, errors, s.calibration_images, s.trial_images)
+  images = s.calibration_images + s.trial_images, s.images
+  wanted = problem.sample(problem.full_precision, *images)
+  got = {'none': problem.sample(problem.quantized(state), *images)}
   for kind in ('d-d2', 'auto'):
-    corrected = images(
-      quantized,
-      correct=correction.CORRECTIONS[kind],
-      correction_rows=errors.rows(kind, problem.rows.t),
-    )
-    found[kind] = psnr(corrected, wanted)
-  found['integers'] = psnr(images(problem.on_integers(state)), wanted)
-  return found
+    got[kind] = problem.corrected(state, kind, *images)(errors)
+  got['integers'] = problem.sample(problem.on_integers(state), *images)
+  return {kind: psnr(value, wanted) for kind, value in got.items()}
 
 
 def trained(s: Settings) -> Problem:

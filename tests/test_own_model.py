@@ -15,8 +15,6 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _DEPTH = 1
 _IMAGES = 16
 
-pytestmark = pytest.mark.usefixtures('quick_compile')
-
 
 @pytest.fixture(scope='module')
 def example():
@@ -35,13 +33,14 @@ def settings(example):
     depth=_DEPTH,
     iters=4,
     calibration_images=_IMAGES,
+    trial_images=8,
     images=_IMAGES,
     sampling_steps=4,
   )
 
 
 @pytest.fixture(scope='module')
-def problem(example, settings, quick_compile):
+def problem(example, settings):
   return example.trained(settings)
 
 

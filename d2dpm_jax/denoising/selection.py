@@ -8,6 +8,12 @@ are dealt out to folds; what is fitted on all other folds is tried on the one
 left out, so each image is tried once, by fits that never saw it. In sample a
 richer candidate always looks better, here it does not.
 
+The best prediction of each step's error need not be the best for all steps in a
+row. Least squares shrinks what it cannot tell from noise, the signal as well:
+at large t, eps_q - x_t is both, and taking a part of it off in every step adds
+up, where errors of single steps average out. So `settle` has whole trajectories
+say up to which t the maps that see x_t, the Gaussians, or none, are of use.
+
 Letters: `N` images, `S` timesteps, `K` candidates, `C` channels, `H W` space;
 `Z` is 2C, the channels of eps_q and those of x_t.
 """
@@ -31,6 +37,7 @@ CANDIDATES = (
   'linear',
   'linear+place',
 )
+_GAUSSIANS = CANDIDATES.index('linear')  # Those before it do not see x_t.
 
 # Called once per pass: yields (eps_q, eps, x_t), each float[N, H, W, C].
 Points = Callable[[], Iterable[tuple[Any, Any, Any]]]
@@ -70,12 +77,15 @@ class HeldOut(Table):
       in the whole tensor.
     standard_error: float64[S, K], of `r2`, over held-out images; how much fits
       to other images would differ is not in it.
+    allowed: int64[S, K], 1 for candidates that may be chosen, see `settle`;
+      'none' always may.
     settings: what the statistics depend on, as in `gaussian.ErrorModel`.
   """
 
   NAME: ClassVar[str] = 'table of held-out errors'
   FORMAT: ClassVar[str] = 'd2dpm_jax.held_out'
-  VERSION: ClassVar[int] = 2
+  VERSION: ClassVar[int] = 3
+  INTEGERS: ClassVar[tuple[str, ...]] = ('timesteps', 'allowed')
 
   timesteps: np.ndarray
   weights: np.ndarray
@@ -85,6 +95,7 @@ class HeldOut(Table):
   r2: np.ndarray
   r2_about_mean: np.ndarray
   standard_error: np.ndarray
+  allowed: np.ndarray
   settings: Any = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
@@ -100,7 +111,7 @@ class HeldOut(Table):
       raise ValueError(
         f'place has shape {place}: expected {rows[0]}, H, W, {channels}.'
       )
-    for name in ('r2', 'r2_about_mean', 'standard_error'):
+    for name in ('r2', 'r2_about_mean', 'standard_error', 'allowed'):
       self._check_shape(name, rows)
     for name in ('left_variance', 'standard_error'):
       if (getattr(self, name) < 0).any():
@@ -109,9 +120,10 @@ class HeldOut(Table):
   def choice(self) -> np.ndarray:
     """Which of CANDIDATES to use at each timestep, int64[S].
 
-    The best one, if it beats 'none' by more than two standard errors.
+    The best one that is allowed, if it beats 'none' by more than two standard
+    errors.
     """
-    best = np.argmax(self.r2, axis=1)
+    best = np.argmax(np.where(self.allowed, self.r2, -np.inf), axis=1)
     r2, error = (
       np.take_along_axis(x, best[:, None], 1)[:, 0]
       for x in (self.r2, self.standard_error)
@@ -290,7 +302,58 @@ def evaluate(
     name: np.stack([getattr(trial, name) for trial in trials])
     for name in _Trial._fields
   }
-  return HeldOut(tensor.timesteps, **columns, settings=tensor.settings)
+  return HeldOut(
+    tensor.timesteps,
+    **columns,
+    allowed=np.ones(columns['r2'].shape, np.int64),
+    settings=tensor.settings,
+  )
+
+
+def restricted(held_out: HeldOut) -> dict[str, HeldOut]:
+  """What `settle` tries, by name, from everything to nothing.
+
+  The maps that see x_t are allowed in all steps, in the last three quarters of
+  them, half, a quarter, or none; last, no candidate is.
+  """
+  steps = len(held_out.timesteps)
+  order = np.argsort(np.argsort(held_out.timesteps))  # 0 is the smallest t.
+  found = {}
+  for quarters in (4, 3, 2, 1, 0):
+    allowed = np.array(held_out.allowed)
+    allowed[order >= steps * quarters // 4, _GAUSSIANS:] = 0
+    name = f'x_t in {quarters}/4' if quarters else 'Gaussians'
+    found[name] = dataclasses.replace(held_out, allowed=allowed)
+  nothing = np.zeros_like(held_out.allowed)
+  nothing[:, 0] = 1
+  found['none'] = dataclasses.replace(held_out, allowed=nothing)
+  return found
+
+
+def settle(
+  held_out: HeldOut, distance: Callable[[HeldOut], float]
+) -> tuple[HeldOut, dict[str, float]]:
+  """Keeps of the candidates what helps over whole trajectories.
+
+  Args:
+    held_out: of `evaluate`.
+    distance: how far the sampler, corrected by `auto` with what it is given,
+      ends from full precision with the same noise, on images that nothing was
+      fitted to. Called once for all that choose the same.
+
+  Returns:
+    The one of `restricted` with the smallest distance, the first of equals;
+    and the distance of each, by name.
+  """
+  menus = restricted(held_out)
+  known: dict[bytes, float] = {}
+  found = {}
+  for name, menu in menus.items():
+    choice = menu.choice().tobytes()
+    if choice not in known:
+      known[choice] = float(distance(menu))
+    found[name] = known[choice]
+  return menus[min(found, key=found.__getitem__)], found
 
 
 def format_table(held_out: HeldOut) -> str:

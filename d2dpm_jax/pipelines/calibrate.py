@@ -72,7 +72,7 @@ def run_phases(
   with times.phase('trajectories'):
     spool = trajectories.collect(
       model,
-      max(config.calibration.num_samples, config.statistics.num_samples),
+      statistics.num_trajectories(config),
       config.calibration.batch_size,
       config.sample.microbatch,
       spool_at,

@@ -54,6 +54,14 @@ class StepInputs(NamedTuple):
   row: ddim.Rows  # Scalars.
 
 
+def step_inputs(
+  inputs: Inputs, rows: ddim.Rows, step: int, correct: Any = None
+) -> StepInputs:
+  """Arguments for step number `step`, `correct` being its correction's row."""
+  row = jax.tree.map(lambda column: column[step], rows)
+  return StepInputs(inputs._replace(correction_rows=correct), row)
+
+
 def check_execution(execution: str) -> None:
   """Raises ValueError for an unknown `quant.execution`."""
   if execution not in EXECUTIONS:

@@ -152,7 +152,7 @@ def _calibrate(model: setup.Model, paths: files.Workdir) -> _Plan:
   )
   total = len(listed) * len(reconstruction.PHASES)
   devices = reconstruction.streams_of(count, settings).num_devices
-  images = max(count, config.statistics.num_samples)
+  images = statistics.num_trajectories(config)
   batch = config.calibration.batch_size
   starts = range(0, images, batch)
   made = sum(

@@ -21,7 +21,13 @@ from d2dpm_jax.denoising import gaussian, selection
 from d2dpm_jax.denoising import statistics as errors_of
 from d2dpm_jax.denoising.statistics import Statistics
 from d2dpm_jax.diffusion import ddim, noise
-from d2dpm_jax.pipelines import artifacts, generation, setup, trajectories
+from d2dpm_jax.pipelines import (
+  artifacts,
+  generation,
+  setup,
+  trajectories,
+  trial,
+)
 from d2dpm_jax.quantization import transform
 from d2dpm_jax.reporting import error_plots, plots
 from d2dpm_jax.runtime import devices, files, processes, progress
@@ -49,8 +55,17 @@ def check(config: ml_collections.ConfigDict) -> None:
         f'statistics.{name} is {settings[name]}; expected >= 2, to try the '
         'corrections on images that they were not fitted on.'
       )
-  if settings.trajectory == 'quantized':
-    corrections.check(config.sample.correction, config.sample.absorb_variance)
+  if settings.num_trials < 0:
+    raise ValueError(
+      f'statistics.num_trials is {settings.num_trials}; expected >= 0.'
+    )
+  corrections.check(config.sample.correction, config.sample.absorb_variance)
+
+
+def num_trajectories(config: ml_collections.ConfigDict) -> int:
+  """How many calibration needs: to fit on, and those of `trial` after them."""
+  fitted = max(config.calibration.num_samples, config.statistics.num_samples)
+  return fitted + config.statistics.num_trials
 
 
 def fit_errors(
@@ -74,6 +89,8 @@ def fit_errors(
     else _fit_full_precision
   )
   found, points = fit(model, qstate, spool, paths)
+  held_out = trial.settle(model, qstate, spool, found.held_out)
+  found = found._replace(held_out=held_out)
   if not processes.is_first():
     return found
   table = selection.format_table(found.held_out)
@@ -211,13 +228,6 @@ def _fit_full_precision(
   return _fit(steps, points, model), points
 
 
-def _step_inputs(
-  inputs: generation.Inputs, rows: ddim.Rows, step: int, correct: Any = None
-) -> generation.StepInputs:
-  row = jax.tree.map(lambda column: column[step], rows)
-  return generation.StepInputs(inputs._replace(correction_rows=correct), row)
-
-
 def _correction_row(
   found: Statistics, settings: ml_collections.ConfigDict, t: int
 ) -> Any:
@@ -287,10 +297,10 @@ def _fit_quantized(
   total = sum(count for _, count, _ in batches) * len(rows.t)
   with progress.progress('statistics', total, 'evaluation') as bar:
     for step, t in enumerate(steps):
-      here = _step_inputs(inputs, rows, step)
+      here = generation.step_inputs(inputs, rows, step)
       if found:
         correct = _correction_row(found[-1], config.sample, rows.t[step - 1])
-        before = _step_inputs(inputs, rows, step - 1, correct)
+        before = generation.step_inputs(inputs, rows, step - 1, correct)
       for start, count, batch in batches:
         names = ('x', 'eps', 'eps_q')
         stems = [f'{step:03d}.{start:06d}.{name}' for name in names]

@@ -95,6 +95,7 @@ def _held_out(*winners):
     r2=r2,
     r2_about_mean=r2,
     standard_error=np.full((steps, kinds), 0.1),
+    allowed=np.ones((steps, kinds), int),
   )
 
 

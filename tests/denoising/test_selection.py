@@ -272,6 +272,70 @@ class ChoiceTest(parameterized.TestCase):
     self.assertEqual(choices, [0, np.argmax(found.r2[0])])
 
 
+class SettleTest(parameterized.TestCase):
+  def _found(self):
+    """Of eight steps, in which the richest candidate always predicts most."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 4, 4, 3))
+    eps_q, eps = _pairs(lambda rng, q: 0.3 * q + 0.5 * x + 1, 40)
+    one = _evaluate(eps_q, eps, x=x)
+    timesteps = [951, 801, 651, 501, 401, 301, 201, 1]
+    found = selection.HeldOut.join(
+      [dataclasses.replace(one, timesteps=[t]) for t in timesteps]
+    )
+    self.assertTrue((found.choice() >= _NAMES.index('linear')).all())
+    return found
+
+  def test_order_of_timesteps_does_not_matter(self):
+    found = self._found()
+    ascending = selection.HeldOut.join(
+      [
+        dataclasses.replace(
+          found,
+          **{name: getattr(found, name)[[i]] for name in found.names()},
+        )
+        for i in reversed(range(8))
+      ]
+    )
+    for name, menu in selection.restricted(found).items():
+      other = selection.restricted(ascending)[name]
+      np.testing.assert_array_equal(menu.allowed, other.allowed[::-1])
+
+  @parameterized.parameters(
+    ('x_t in 4/4', 8), ('x_t in 3/4', 6), ('x_t in 1/4', 2), ('Gaussians', 0)
+  )
+  def test_maps_that_see_x_are_kept_to_the_last_steps(self, wanted, steps):
+    found = self._found()
+    linear = _NAMES.index('linear')
+
+    def distance(menu):
+      sees = menu.choice() >= linear
+      self.assertTrue((menu.choice() > 0).all() or not menu.choice().any())
+      return abs(int(sees.sum()) - steps) + (not menu.choice().any())
+
+    best, tried = selection.settle(found, distance)
+    self.assertEqual(min(tried, key=tried.get), wanted)
+    sees = best.choice() >= linear
+    np.testing.assert_array_equal(sees, [False] * (8 - steps) + [True] * steps)
+    np.testing.assert_array_equal(best.weights, found.weights)
+
+  def test_nothing_at_all_if_all_do_harm(self):
+    found = self._found()
+    best, tried = selection.settle(found, lambda menu: menu.choice().any())
+    self.assertEqual(tried['none'], 0)
+    np.testing.assert_array_equal(best.choice(), np.zeros(8))
+
+  def test_equal_choices_are_tried_once(self):
+    eps_q, eps = _pairs(lambda rng, q: rng.normal(size=q.shape))  # Noise alone.
+    found = _evaluate(eps_q, eps)
+    self.assertEqual(found.choice().tolist(), [0])
+    calls = []
+    best, tried = selection.settle(found, lambda menu: calls.append(0) or 1.0)
+    self.assertLen(calls, 1)
+    self.assertLen(tried, 6)
+    np.testing.assert_array_equal(best.allowed, found.allowed)
+
+
 class FileTest(parameterized.TestCase):
   def test_round_trip_and_refusals(self):
     eps_q, eps = _pairs(lambda rng, q: rng.normal(size=q.shape), 8)
@@ -285,13 +349,14 @@ class FileTest(parameterized.TestCase):
       np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
     with self.assertRaisesRegex(ValueError, 'bits: 4, not 8'):
       selection.HeldOut.load(path, {'bits': 8})
-    with self.assertRaisesRegex(ValueError, "'d2dpm_jax.held_out' version 2"):
+    with self.assertRaisesRegex(ValueError, "'d2dpm_jax.held_out' version 3"):
       gaussian.ErrorModel.load(path)
     for message, change in (
       ('bias has shape', {'bias': np.zeros((1, 4, 3))}),
       ('weights has shape', {'weights': np.zeros((1, 7, 3, 3))}),
       ('place has shape', {'place': np.zeros((1, 4, 3))}),
       ('r2 has shape', {'r2': np.zeros((1, 4))}),
+      ('allowed has shape', {'allowed': np.ones((1, 6), int)}),
       ('standard_error is negative', {'standard_error': -np.ones((1, 7))}),
       ('not finite', {'r2': np.full((1, 7), np.nan)}),
     ):

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import re
 import shutil
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -63,6 +63,7 @@ class _Net(nn.Module):
 
   out_channels: int = 3
   context_dim: int = 16
+  dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x, t, context):

@@ -58,7 +58,11 @@ def toy(tiny, monkeypatch):
   fields = {f.name: getattr(ldm, f.name) for f in dataclasses.fields(ldm)}
 
   def make(**overrides):
-    overrides = {'statistics__trajectory': 'quantized', **overrides}
+    overrides = {
+      'statistics__trajectory': 'quantized',
+      'statistics__num_trials': 0,
+      **overrides,
+    }
     return dataclasses.replace(
       tiny.with_config('', **overrides), ldm=_Toy(**fields)
     )
@@ -70,7 +74,7 @@ def _spool(model, paths):
   config = model.config
   return trajectories.collect(
     model,
-    config.statistics.num_samples,
+    statistics.num_trajectories(config),
     config.calibration.batch_size,
     config.sample.microbatch,
     paths.trajectories,
@@ -272,6 +276,7 @@ def test_another_correction_is_refused(toy, tmp_path):
     ('statistics__trajectory', 'float', "statistics.trajectory 'float'"),
     ('statistics__folds', 1, 'statistics.folds is 1; expected >= 2'),
     ('statistics__num_samples', 1, 'statistics.num_samples is 1; expected >='),
+    ('statistics__num_trials', -1, 'statistics.num_trials is -1; expected >='),
     ('sample__correction', 'd-d3', "'d-d3': expected one of"),
     ('sample__absorb_variance', True, 'absorb is an option of s-d2'),
   ],
@@ -281,6 +286,48 @@ def test_bad_settings_are_named(tiny, field, value, text):
   config = tiny.config(**overrides)
   with pytest.raises(ValueError, match=text):
     statistics.check(config)
+
+
+@pytest.mark.parametrize('eta', [0.0, 0.5])
+def test_auto_is_what_did_best_from_end_to_end(toy, tmp_path, eta):
+  """The trial against `sampler.sample` of both networks, on images 12 .. 21."""
+  model = toy(
+    statistics__trajectory='fp', statistics__num_trials=10, sampler__eta=eta
+  )
+  found = _fit(model, tmp_path).held_out
+  rows = generation.rows_of(model.ldm, model.sampler)
+  index, key = np.arange(12, 22), trajectories.noise_key(model.config.seed)
+  labels = generation.balanced_labels(0, index, model.num_classes)
+  shape = model.ldm.latent_shape
+
+  def run(quantized, held_out=None):
+    options = {}
+    if held_out is not None:
+      table = corrections.correction_rows(held_out, 'auto', rows.t)
+      options = dict(
+        correct=corrections.CORRECTIONS['auto'], correction_rows=table
+      )
+    return np.float64(
+      sampler.sample(
+        lambda x, t, _: _network(
+          jnp, x, t[:, None, None, None], labels, quantized
+        ),
+        rows,
+        noise.initial_noise(key, index, shape),
+        noise_fn=noise.noise_stream(key, index, shape),
+        **options,
+      )
+    )
+
+  everything = dataclasses.replace(found, allowed=np.ones_like(found.allowed))
+  wanted = run(False)
+  errors = {
+    name: np.square(run(True, menu) - wanted).mean()
+    for name, menu in selection.restricted(everything).items()
+  }
+  assert min(errors.values()) < 0.9 * errors['none'], errors
+  best = selection.restricted(everything)[min(errors, key=errors.get)]
+  np.testing.assert_array_equal(found.choice(), best.choice())
 
 
 # ---- With a network that is really quantized.
