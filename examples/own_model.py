@@ -296,7 +296,8 @@ class Problem:
 
     def distance(held_out: selection.HeldOut) -> float:
       got = corrected(errors._replace(held_out=held_out))
-      return float(jnp.mean(jnp.square(got - wanted)))
+      by_image = jnp.mean(jnp.square(got - wanted), axis=(1, 2, 3))
+      return float(jnp.mean(jnp.log(by_image)))
 
     held_out, _ = selection.settle(errors.held_out, distance)
     return errors._replace(held_out=held_out)
@@ -317,7 +318,9 @@ def compare(
     correction -> dB; 'integers' is the network on int8, not corrected.
   """
   errors = problem.fit_errors(state, s.calibration_images)
-  errors = problem.settled(state, errors, s.calibration_images, s.trial_images)
+  if s.trial_images:
+    tried_on = s.calibration_images, s.trial_images
+    errors = problem.settled(state, errors, *tried_on)
   images = s.calibration_images + s.trial_images, s.images
   wanted = problem.sample(problem.full_precision, *images)
   got = {'none': problem.sample(problem.quantized(state), *images)}

@@ -20,6 +20,7 @@ from d2dpm_jax.pipelines import (
   layer_bits,
   quantize,
   setup,
+  statistics,
   trajectories,
 )
 from d2dpm_jax.quantization import cost, memory, reconstruction

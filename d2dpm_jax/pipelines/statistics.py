@@ -20,7 +20,7 @@ from d2dpm_jax.denoising import correction as corrections
 from d2dpm_jax.denoising import gaussian, selection
 from d2dpm_jax.denoising import statistics as errors_of
 from d2dpm_jax.denoising.statistics import Statistics
-from d2dpm_jax.diffusion import ddim, noise
+from d2dpm_jax.diffusion import noise
 from d2dpm_jax.pipelines import (
   artifacts,
   generation,
@@ -136,6 +136,16 @@ def settings_of(model: setup.Model) -> dict[str, Any]:
   }
 
 
+def _fit_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """What else decides the numbers in a table."""
+  return {
+    **setup.plain(config.statistics),
+    'seed': config.seed,
+    'microbatch': config.sample.microbatch,
+    'execution': config.quant.execution,
+  }
+
+
 def collection_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """At which points the errors were collected."""
   trajectory = config.statistics.trajectory
@@ -164,7 +174,8 @@ def _fit(
     points,
     outlier_std=config.outlier_std,
     folds=config.folds,
-    settings=settings_of(model),
+    # The last entry is not compared: other fits serve the same network.
+    settings={**settings_of(model), 'fit': _fit_settings(model.config)},
   )
 
 

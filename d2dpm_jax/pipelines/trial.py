@@ -38,10 +38,10 @@ def settle(
   def trial() -> list[list[int]]:
     found, distances = _run(model, qstate, spool, held_out)
     _log.info(
-      'Latent MSE to full precision after all steps, of %d images, with auto '
-      'allowed to use\n%s',
+      'Distance of latents to full precision after all steps in dB, mean of %d '
+      'images, with auto allowed to use\n%s',
       model.config.statistics.num_trials,
-      '\n'.join(f'  {name:12} {x:.4g}' for name, x in distances.items()),
+      '\n'.join(f'  {name:12} {x:.2f}' for name, x in distances.items()),
     )
     return found.allowed.tolist()
 
@@ -78,9 +78,25 @@ def _run(
       )
       latents = launched.fetch('latents')['latents']
       bar.update(len(index))
-      return float(np.mean(np.square(latents - wanted, dtype=np.float64)))
+      return decibels(latents, wanted)
 
     return selection.settle(held_out, distance)
+
+
+def decibels(latents: np.ndarray, wanted: np.ndarray) -> float:
+  """Mean over images of 10 log10 of their mean squared distance.
+
+  Not of the distance of all: a few images that turn into something else would
+  decide that alone.
+
+  Args:
+    latents: float[N, h, w, c].
+    wanted: float[N, h, w, c].
+  """
+  square = np.square(np.float64(latents) - np.float64(wanted))
+  by_image = square.mean(axis=(1, 2, 3))
+  tiny = np.finfo(np.float32).eps ** 2  # Equal but for rounding.
+  return float(10 * np.log10(np.maximum(by_image, tiny)).mean())
 
 
 def _full_precision(
