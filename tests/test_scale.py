@@ -270,3 +270,28 @@ def test_two_processes_calibrate_as_one(tmp_path):
     {n for n in f if n.startswith('quantized')} for f in (wanted, found)
   ]
   assert folders[0] and folders[1]
+
+
+def test_who_waits_for_others_in_vain_ends():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  done = subprocess.run(
+    [sys.executable, '-c', _WAIT, address],
+    cwd=_ROOT, stderr=subprocess.PIPE, text=True, timeout=60,
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert f'Waited 1 s for 2 processes at {address}' in done.stderr
+
+
+_WAIT = """
+import sys
+from d2dpm_jax.runtime import processes
+
+processes.JOIN_S = 1
+try:
+  processes.initialize(sys.argv[1], 2, 0)
+except TimeoutError as error:
+  print(error, file=sys.stderr, flush=True)
+  processes.leave(1)
+"""

@@ -122,9 +122,9 @@ def _join(whom: str, **arguments: Any) -> None:
     )
   except TimeoutError as error:
     raise TimeoutError(
-      f'Waited {JOIN_S:.0f} s for {whom}, and not all have come: start the same '
-      'command for each --process_id, with an address of process 0 that all '
-      'others reach.'
+      f'Waited {JOIN_S:.0f} s for {whom}, and not all have come: start the '
+      'same command for each --process_id, with an address of process 0 that '
+      'all others reach.'
     ) from error
   except RuntimeError as error:
     reason = ' '.join(str(error).split())
@@ -153,7 +153,7 @@ def cluster(
   if len(missing) == len(flags):
     return _slurm(environment) or _open_mpi(environment)
   if coordinator_address is None or num_processes is None or process_id is None:
-    raise ValueError(f'{" and ".join(missing)} is missing; it takes all of '
+    raise ValueError(f'{" and ".join(missing)}: not given; it takes all of '
                      f'{", ".join(flags)}.')  # fmt: skip
   if not re.fullmatch(r'.+:\d+', coordinator_address):
     raise ValueError(

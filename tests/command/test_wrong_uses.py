@@ -423,6 +423,28 @@ def test_an_address_that_is_taken(call, monkeypatch):
   assert 'localhost:1: UNKNOWN: Failed to start RPC server' in line
 
 
+def test_modes_of_one_process_do_not_wait_for_two(call, monkeypatch):
+  def joined(*_):
+    raise AssertionError('it waits')
+
+  monkeypatch.setattr(processes, 'initialize', joined)
+  line = call(
+    '--mode', 'evaluate', '--num_processes=2', '--process_id=0',
+    '--coordinator_address=localhost:1',
+  )  # fmt: skip
+  assert '--mode evaluate is run by one process, and here are 2' in line
+
+
+@pytest.mark.parametrize('mode', ['sample', 'evaluate'])
+def test_a_plan_refuses_what_the_run_does(call, mode):
+  line = call(
+    '--mode', mode, '--dry_run', '--config.sample.correction=dd2',
+    '--config.evaluate.batch_size=0',
+  )  # fmt: skip
+  wrong = {'sample': "'dd2': expected one of", 'evaluate': 'batch_size is 0'}
+  assert wrong[mode] in line
+
+
 def test_an_error_that_nobody_thought_of(call, monkeypatch):
   from d2dpm_jax.pipelines import setup
 
