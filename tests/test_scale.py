@@ -193,6 +193,26 @@ def test_two_processes_are_killed_and_go_on(undisturbed, tmp_path):
   assert _merged(tmp_path) == undisturbed
 
 
+def test_who_waits_for_others_can_be_stopped(tmp_path):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  process = _sample(
+    tmp_path, f'--coordinator_address={address}', '--num_processes=2',
+    '--process_id=0',
+  )  # fmt: skip
+  try:
+    assert (
+      process.stdout.readline() == f'Waiting for 2 processes at {address}.\n'
+    )
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=30)
+  finally:
+    process.kill()
+  assert process.returncode == 75, said
+  assert said.strip().splitlines()[-1].startswith('Stopped by SIGTERM.')
+
+
 @pytest.mark.parametrize('stopped', [0, 1])
 def test_when_one_of_two_is_preempted_both_end_in_order(tmp_path, stopped):
   start = functools.partial(_sample, images=5000)
@@ -250,3 +270,28 @@ def test_two_processes_calibrate_as_one(tmp_path):
     {n for n in f if n.startswith('quantized')} for f in (wanted, found)
   ]
   assert folders[0] and folders[1]
+
+
+def test_who_waits_for_others_in_vain_ends():
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  done = subprocess.run(
+    [sys.executable, '-c', _WAIT, address],
+    cwd=_ROOT, stderr=subprocess.PIPE, text=True, timeout=60,
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert f'Waited 1 s for 2 processes at {address}' in done.stderr
+
+
+_WAIT = """
+import sys
+from d2dpm_jax.runtime import processes
+
+processes.JOIN_S = 1
+try:
+  processes.initialize(sys.argv[1], 2, 0)
+except TimeoutError as error:
+  print(error, file=sys.stderr, flush=True)
+  processes.leave(1)
+"""

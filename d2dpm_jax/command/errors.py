@@ -49,7 +49,7 @@ def explain(error: BaseException, mode: str | None = None) -> str:
     return _system(error)
   if isinstance(error, ModuleNotFoundError) and error.name:
     return _missing(error.name)
-  if text and isinstance(error, (ValueError, FileNotFoundError)):
+  if text and isinstance(error, (ValueError, FileNotFoundError, TimeoutError)):
     return text
   shown = f'{kind}: {_shortened(text, 300)}'.removesuffix(': ')
   return f'{shown} (--debug shows where)'

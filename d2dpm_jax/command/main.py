@@ -139,6 +139,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _dispatch(options: Options) -> None:
   """Help, a plan, or the work."""
+  # First of all: who waits for other processes can be stopped, too.
+  importlib.import_module('d2dpm_jax.runtime.interruption').install()
   if options.help:
     print(help_text(options.argv[0]))
     return
@@ -215,7 +217,9 @@ def _record(options: Options, workdir: str, seconds: float, peak: int) -> None:
   )
 
 
-def _pipeline(mode: str | None, cluster: Sequence[Any] = ()) -> Any:
+def _pipeline(
+  mode: str | None, cluster: Sequence[Any] = (None, None, None)
+) -> Any:
   """Imports late: --help and flag errors need no JAX."""
   if mode is None:
     raise ValueError(f'--mode is missing; it is one of {", ".join(MODES)}.')
@@ -226,16 +230,25 @@ def _pipeline(mode: str | None, cluster: Sequence[Any] = ()) -> Any:
   runtime = 'd2dpm_jax.runtime'
   importlib.import_module(f'{runtime}.devices').configure()
   processes = importlib.import_module(f'{runtime}.processes')
+  found = processes.cluster(*cluster, os.environ)
+  if found is not None:  # Before anybody waits for the others.
+    _check_shared(mode, found.num_processes)
   processes.initialize(*cluster)
-  if processes.count() > 1 and mode not in SHARED_MODES:
-    raise ValueError(
-      f'--mode {mode} is run by one process, and here are {processes.count()}; '
-      f'several take {" or ".join(SHARED_MODES)}.'
-    )
+  _check_shared(
+    mode, processes.count()
+  )  # A TPU pod says it when all are there.
   if not processes.is_first():
     logging.getLogger('d2dpm_jax').setLevel(logging.WARNING)
-  importlib.import_module(f'{runtime}.interruption').install()
   return importlib.import_module(f'd2dpm_jax.pipelines.{mode}')
+
+
+def _check_shared(mode: str, count: int) -> None:
+  """Raises ValueError if several processes are to run a mode of one."""
+  if count > 1 and mode not in SHARED_MODES:
+    raise ValueError(
+      f'--mode {mode} is run by one process, and here are {count}; several '
+      f'take {" or ".join(SHARED_MODES)}.'
+    )
 
 
 def _plan(options: Options, workdir: str) -> str:

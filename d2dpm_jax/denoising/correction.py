@@ -252,7 +252,9 @@ def check(kind: str, absorb: bool = False) -> None:
   if kind not in CORRECTIONS:
     raise ValueError(f'Correction {kind!r}: expected one of {[*CORRECTIONS]}.')
   if absorb and kind != 's-d2':
-    raise ValueError(f'absorb is an option of s-d2, not of {kind}.')
+    raise ValueError(
+      f'sample.absorb_variance (absorb) is an option of s-d2, not of {kind}.'
+    )
 
 
 def correction_rows(

@@ -8,10 +8,23 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
+
+# What reading a damaged .npz raises. RuntimeError: a flag says that it is
+# encrypted, or compressed in a way that zipfile lacks.
+_DAMAGE = (
+  OSError,
+  ValueError,
+  EOFError,
+  KeyError,
+  RuntimeError,
+  zipfile.BadZipFile,
+  zlib.error,
+)
 
 
 def _canonical(settings: Mapping[str, Any]) -> str:
@@ -124,7 +137,10 @@ class Table:
     return cls._make(columns, parts[0].settings)
 
   def save(self, path: str | os.PathLike) -> None:
-    """Writes one .npz: aside first, then renamed into place."""
+    """Writes one .npz: aside first, then renamed into place.
+
+    As `runtime.files.atomic_write`, which this room does without.
+    """
     path = os.path.abspath(path)
     header = dict(
       format=self.FORMAT,
@@ -168,7 +184,7 @@ class Table:
           content = {name: arrays[name] for name in arrays.files}
     except FileNotFoundError:
       raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+    except _DAMAGE as e:
       raise ValueError(
         f'{path} is not a readable {cls.NAME} ({e}): calibrate again.'
       ) from e

@@ -16,9 +16,11 @@ from flax import traverse_util
 from d2dpm_jax.pipelines import (
   batch_size,
   calibrate,
+  evaluate,
   experiment_grid,
   layer_bits,
   quantize,
+  sample,
   setup,
   statistics,
   trajectories,
@@ -218,6 +220,7 @@ def _sampling_memory(model: setup.Model) -> list[str]:
 
 def _sample(model: setup.Model, paths: files.Workdir) -> _Plan:
   settings = model.config.sample
+  sample.check(settings)
   reads = [_weights(model, paths)]
   if settings.quantized or settings.compare:
     there = paths.quantized.exists()
@@ -255,6 +258,7 @@ def _experiment(model: setup.Model, paths: files.Workdir) -> _Plan:
 
 def _evaluate(model: setup.Model, paths: files.Workdir) -> _Plan:
   settings = model.config.evaluate
+  evaluate.check(settings)
   samples = settings.samples
   if not samples:
     there = any(paths.samples.glob('*.npz'))

@@ -35,7 +35,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   """
   paths = files.Workdir.at(workdir)
   settings = config.sample
-  _check(settings)
+  check(settings)
   quantized = _network(config, paths)
   model = quantized.model
   if settings.compare:
@@ -138,7 +138,8 @@ def _network(
   return artifacts.load(model, paths)
 
 
-def _check(settings: ml_collections.ConfigDict) -> None:
+def check(settings: ml_collections.ConfigDict) -> None:
+  """Raises ValueError if something in `config.sample` makes no sense."""
   for name, least in {
     'num_images': 1,
     'batch_size': 0,
@@ -153,6 +154,7 @@ def _check(settings: ml_collections.ConfigDict) -> None:
       f'sample.correction {settings.correction!r}: expected one of '
       f'{list(corrections.CORRECTIONS)}.'
     )
+  corrections.check(settings.correction, settings.absorb_variance)
 
 
 def _warn_of_other_points(

@@ -30,6 +30,7 @@ _DAMAGE = (
   KeyError,
   EOFError,
   ValueError,
+  RuntimeError,  # Flags say that zipfile lacks what it takes.
   zlib.error,
   zipfile.BadZipFile,
 )

@@ -11,10 +11,13 @@ collectives give up on processes that come minutes later.
 import contextlib
 import importlib.util
 import json
+import logging
+import math
 import os
 import pathlib
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,11 +26,18 @@ from jax._src import distributed  # What Orbax uses; JAX exports no barrier.
 
 from d2dpm_jax.runtime import files, interruption
 
+_log = logging.getLogger(__name__)
 _T = TypeVar('_T')
+# How long a process waits for the others to be started. Nodes of a cluster boot
+# and load their programs from one file system, so this is not seconds.
+JOIN_S = 600.0
+# JAX waits longer: when its own time is over it aborts the process.
+_LONGER_S = 60.0
 _FOREVER_MS = 30 * 24 * 3600 * 1000  # A process that dies ends the others.
 _LEAVE_S = 20.0  # Time for the others to end, too.
 _ENDED = 'd2dpm_jax/ended'
 _meetings: dict[str, int] = {}
+_joined = threading.Event()
 
 
 class Cluster(NamedTuple):
@@ -66,7 +76,7 @@ def initialize(
 ) -> None:
   """Joins the other processes of a run, if there are others.
 
-  Must come before the first computation.
+  Must come before the first computation. Signals are noticed while it waits.
 
   Args:
     coordinator_address: host:port of process 0; None, like the others: as
@@ -75,24 +85,51 @@ def initialize(
     process_id: which one this is.
 
   Raises:
-    ValueError: some are given and some are not, or they contradict each other.
-    RuntimeError: the others did not come.
+    ValueError: some are given and some are not, they contradict each other, or
+      process 0 cannot listen there.
+    TimeoutError: the others did not come within `JOIN_S`. The process has to
+      `leave` then, since JAX still waits for them in a thread.
   """
   given = (coordinator_address, num_processes, process_id)
   found = cluster(*given, os.environ)
   # SIGTERM is `interruption`'s.
   jax.config.update('jax_enable_preemption_service', False)
-  if found is not None:
-    if found.num_processes == 1:
-      return
+  if found is not None and found.num_processes > 1:
     ids = found.local_device_ids
-    jax.distributed.initialize(
-      *found[:3],
+    _join(
+      f'{found.num_processes} processes at {found.coordinator_address}',
+      coordinator_address=found.coordinator_address,
+      num_processes=found.num_processes,
+      process_id=found.process_id,
       local_device_ids=None if ids is None else list(ids),
       cluster_detection_method='deactivate',
     )
-  elif on_tpu_pod(os.environ):
-    jax.distributed.initialize()
+  elif found is None and on_tpu_pod(os.environ):
+    _join('all hosts of the TPU')
+
+
+def _join(whom: str, **arguments: Any) -> None:
+  """`jax.distributed.initialize`, and a time limit that Python notices."""
+  _log.info('Waiting for %s.', whom)
+  timeout = int(JOIN_S + _LONGER_S)
+  try:
+    _interruptible(
+      lambda: jax.distributed.initialize(
+        **arguments, initialization_timeout=timeout
+      ),
+      watch=False,
+      limit_s=JOIN_S,
+    )
+  except TimeoutError as error:
+    raise TimeoutError(
+      f'Waited {JOIN_S:.0f} s for {whom}, and not all have come: start the '
+      'same command for each --process_id, with an address of process 0 that '
+      'all others reach.'
+    ) from error
+  except RuntimeError as error:
+    reason = ' '.join(str(error).split())
+    raise ValueError(f'No meeting of {whom}: {reason[:200]}') from error
+  _joined.set()
 
 
 def cluster(
@@ -116,7 +153,7 @@ def cluster(
   if len(missing) == len(flags):
     return _slurm(environment) or _open_mpi(environment)
   if coordinator_address is None or num_processes is None or process_id is None:
-    raise ValueError(f'{" and ".join(missing)} is missing; it takes all of '
+    raise ValueError(f'{" and ".join(missing)}: not given; it takes all of '
                      f'{", ".join(flags)}.')  # fmt: skip
   if not re.fullmatch(r'.+:\d+', coordinator_address):
     raise ValueError(
@@ -200,11 +237,16 @@ def check() -> None:
     raise RuntimeError(f'{who} met an error and says which')
 
 
-def _interruptible(call: Callable[[], _T], watch: bool = True) -> _T:
+def _interruptible(
+  call: Callable[[], _T], watch: bool = True, limit_s: float = math.inf
+) -> _T:
   """What a call in C++ returns.
 
   Signals, and with `watch` the end of other processes, are noticed while it
   waits.
+
+  Raises:
+    TimeoutError: it has not returned after `limit_s`, and goes on in a thread.
   """
   outcome: list[Any] = []
 
@@ -216,8 +258,11 @@ def _interruptible(call: Callable[[], _T], watch: bool = True) -> _T:
 
   thread = threading.Thread(target=run, daemon=True)
   thread.start()
-  thread.join(0.5)
+  end = time.monotonic() + limit_s
+  thread.join(min(0.5, limit_s))
   while thread.is_alive():
+    if time.monotonic() >= end:
+      raise TimeoutError(f'no answer within {limit_s:.0f} s')
     if watch:
       check()
     thread.join(0.5)
@@ -287,6 +332,8 @@ def leave(code: int) -> None:
   """
   if count() == 1:
     return
+  if not _joined.is_set():  # Nobody to tell, and a thread that still waits.
+    os._exit(code)
   with contextlib.suppress(Exception):
     _client().key_value_set(f'{_ENDED}/{index()}', str(code))
     _interruptible(

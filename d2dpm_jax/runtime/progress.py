@@ -50,11 +50,15 @@ class Progress:
     self._shown, self._shown_done = time.perf_counter(), self._done
     if not self._shows:
       return
+    count = f'{self._name}: {self._done}/{self._total} {self._unit}'
+    if self._reused == self._done == self._total:
+      print(f'{count}, all there already', file=sys.stderr, flush=True)
+      return
     gone = self._shown - self._start
     rate = (self._done - self._reused) / max(gone, 1e-9)
     left = f'{(self._total - self._done) / rate:.0f}' if rate else '?'
     parts = [
-      f'{self._name}: {self._done}/{self._total} {self._unit}',
+      count,
       f'{rate:.3g} {self._unit}/s',
       f'{gone:.0f} s gone',
       f'{left} s left',

@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -379,12 +380,69 @@ def test_no_memory_left(
   assert f'The {where} has not enough memory' in line and fix in line
 
 
+_PAIR = (
+  '--coordinator_address=localhost:1', '--num_processes=2', '--process_id=0'
+)  # fmt: skip
+
+
 def test_modes_of_one_process_refuse_two(call, monkeypatch):
   """What two real ones do with an error is in tests/test_scale.py."""
+  refused = '--mode evaluate is run by one process, and here are 2'
+  with monkeypatch.context() as patch:  # Nobody is waited for.
+    patch.setattr(jax.distributed, 'initialize', lambda **_: pytest.fail())
+    assert refused in call('--mode', 'evaluate', *_PAIR)
+  # A TPU pod says how many there are when all are there.
   monkeypatch.setattr(processes, 'initialize', lambda *_: None)
   monkeypatch.setattr(processes, 'count', lambda: 2)
-  line = call('--mode', 'evaluate')
+  assert refused in call('--mode', 'evaluate')
+
+
+def test_processes_that_do_not_come(call, monkeypatch):
+  never = threading.Event()
+  given = {}
+
+  def wait(**arguments):
+    given.update(arguments)
+    never.wait(20)
+
+  monkeypatch.setattr(jax.distributed, 'initialize', wait)
+  monkeypatch.setattr(processes, 'JOIN_S', 0.2)
+  line = call('--mode', 'sample', *_PAIR)
+  never.set()
+  assert 'for 2 processes at localhost:1, and not all have come' in line
+  # Else JAX would be the first to give up, and abort.
+  assert given['initialization_timeout'] > processes.JOIN_S + 30
+
+
+def test_an_address_that_is_taken(call, monkeypatch):
+  def fail(**_):
+    raise RuntimeError('UNKNOWN: Failed to start RPC server')
+
+  monkeypatch.setattr(jax.distributed, 'initialize', fail)
+  line = call('--mode', 'sample', *_PAIR)
+  assert 'localhost:1: UNKNOWN: Failed to start RPC server' in line
+
+
+def test_modes_of_one_process_do_not_wait_for_two(call, monkeypatch):
+  def joined(*_):
+    raise AssertionError('it waits')
+
+  monkeypatch.setattr(processes, 'initialize', joined)
+  line = call(
+    '--mode', 'evaluate', '--num_processes=2', '--process_id=0',
+    '--coordinator_address=localhost:1',
+  )  # fmt: skip
   assert '--mode evaluate is run by one process, and here are 2' in line
+
+
+@pytest.mark.parametrize('mode', ['sample', 'evaluate'])
+def test_a_plan_refuses_what_the_run_does(call, mode):
+  line = call(
+    '--mode', mode, '--dry_run', '--config.sample.correction=dd2',
+    '--config.evaluate.batch_size=0',
+  )  # fmt: skip
+  wrong = {'sample': "'dd2': expected one of", 'evaluate': 'batch_size is 0'}
+  assert wrong[mode] in line
 
 
 def test_an_error_that_nobody_thought_of(call, monkeypatch):

@@ -363,6 +363,32 @@ class FileTest(parameterized.TestCase):
       with self.assertRaisesRegex(ValueError, message):
         dataclasses.replace(found, **change)
 
+  def test_any_damaged_byte_is_an_error_that_names_the_file(self):
+    """Or is in a part of the archive that nothing reads."""
+    rng = np.random.default_rng(0)
+    eps_q, eps = _pairs(lambda rng, q: rng.normal(size=q.shape), 8)
+    found = _evaluate(eps_q, eps)
+    folder = self.enter_context(tempfile.TemporaryDirectory())
+    path = pathlib.Path(folder) / 'held_out.npz'
+    found.save(path)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 3):
+      damaged = bytearray(whole)
+      damaged[place] ^= 1 << int(rng.integers(8))
+      path.write_bytes(damaged)
+      try:
+        again = selection.HeldOut.load(path)
+      except ValueError as error:
+        self.assertIn('held_out', str(error))
+        refused += 1
+      else:
+        for name in found.names():
+          np.testing.assert_array_equal(
+            getattr(again, name), getattr(found, name)
+          )
+    self.assertGreater(refused, len(whole) // 9)
+
   def test_table_for_people(self):
     eps_q, eps = _pairs(
       lambda rng, q: [0.5, 0.0, -0.5] + rng.normal(size=q.shape)

@@ -226,7 +226,7 @@ _WRONG = {
   'too many steps': (dict(sampler__steps=1000), '1000'),
   'absorption': (
     dict(sample__absorb_variance=True),
-    'absorb is an option of s-d2, not of auto',
+    'sample.absorb_variance .* is an option of s-d2, not of auto',
   ),
 }
 

@@ -289,7 +289,7 @@ def test_another_correction_is_refused(toy, tmp_path):
     ('statistics__num_samples', 1, 'statistics.num_samples is 1; expected >='),
     ('statistics__num_trials', -1, 'statistics.num_trials is -1; expected >='),
     ('sample__correction', 'd-d3', "'d-d3': expected one of"),
-    ('sample__absorb_variance', True, 'absorb is an option of s-d2'),
+    ('sample__absorb_variance', True, 'is an option of s-d2'),
   ],
 )
 def test_bad_settings_are_named(tiny, field, value, text):

@@ -37,8 +37,8 @@ def test_flags_name_the_others():
 @pytest.mark.parametrize(
   ('flags', 'text'),
   [
-    (('host:1', None, None), '--num_processes and --process_id is missing'),
-    ((None, 2, 0), '--coordinator_address is missing'),
+    (('host:1', None, None), '--num_processes and --process_id: not given'),
+    ((None, 2, 0), '--coordinator_address: not given'),
     (('host:1', 2, 2), r'--process_id is 2; expected 0..1'),
     (('host:1', 2, -1), '--process_id is -1'),
     (('host', 2, 1), "--coordinator_address 'host': expected host:port"),

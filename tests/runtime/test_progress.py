@@ -18,6 +18,12 @@ def test_lines_where_there_is_no_terminal(capsys):
   assert '\r' not in text.strip()  # A log, not a moving bar.
 
 
+def test_nothing_left_to_do(capsys):
+  with progress.progress('work', 3, 'image') as bar:
+    bar.update(3, reused=True)
+  assert capsys.readouterr().err == 'work: 3/3 image, all there already\n'
+
+
 def test_closed_after_an_error(monkeypatch):
   closed = []
   monkeypatch.setattr(progress.Progress, 'close', lambda _: closed.append(1))
