@@ -39,7 +39,7 @@ from d2dpm_jax.pipelines import (
 )
 from d2dpm_jax.pipelines.experiment_grid import Cell, Grid
 from d2dpm_jax.reporting import plots, tables
-from d2dpm_jax.runtime import devices, files, progress
+from d2dpm_jax.runtime import devices, files, progress, runs
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class Bench:
     paths: of the run.
     net: looks at the images.
     reference: what they are compared with.
+    commit: of the code that runs, when it began; see `runs.commit`.
   """
 
   model: setup.Model
@@ -77,6 +78,7 @@ class Bench:
   paths: files.Workdir
   net: features.FeatureNet
   reference: features.Summary
+  commit: str | None
 
   def configured(
     self, sampler: str, quantizer: str = '', bits: str = ''
@@ -164,7 +166,7 @@ def _prepare(model: setup.Model, paths: files.Workdir) -> Bench:
   evaluate.check(model.config.evaluate)
   net = judges.network(model.config, samples)
   reference = judges.reference(model.config, paths, net)
-  return Bench(model, grid, paths, net, reference)
+  return Bench(model, grid, paths, net, reference, runs.commit())
 
 
 def _claim(bench: Bench) -> None:
@@ -447,6 +449,8 @@ def _write(
       'reference': settings.reference,
       'network': bench.net.name,
       'device': f'{len(jax.devices())} x {device}',
+      'commit': bench.commit,
+      'date': time.strftime('%Y-%m-%d', time.gmtime()),
       'values': {**values, **sampled.timing._asdict()},
       'settings': _settings(bench, cell),
     },
