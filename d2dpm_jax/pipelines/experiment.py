@@ -153,20 +153,30 @@ def experiment(model: setup.Model, paths: files.Workdir) -> dict[str, Any]:
 
 def _prepare(model: setup.Model, paths: files.Workdir) -> Bench:
   """Checks everything that can be checked before work begins."""
+  grid = check(model)
+  size, channels = model.ldm.image_size, model.ldm.first_stage.out_ch
+  samples = image_sets.from_arrays(
+    'The experiment', np.zeros((1, size, size, channels), np.uint8)
+  )
+  net = judges.network(model.config, samples)
+  reference = judges.reference(model.config, paths, net)
+  return Bench(model, grid, paths, net, reference, runs.commit())
+
+
+def check(model: setup.Model) -> Grid:
+  """The grid of `model.config`; of the weights, only shapes are looked at.
+
+  Raises:
+    ValueError: bad settings.
+  """
   grid = experiment_grid.read(model.config, bool(model.num_classes))
   for word in grid.all_samplers():
     generation.rows_of(model.ldm, experiment_grid.sampler_of(word))
   for network in grid.networks():
     config = experiment_grid.configured(model.config, grid.learn_on, *network)
     calibrate.check(dataclasses.replace(model, config=config))
-  size, channels = model.ldm.image_size, model.ldm.first_stage.out_ch
-  samples = image_sets.from_arrays(
-    'The experiment', np.zeros((1, size, size, channels), np.uint8)
-  )
   evaluate.check(model.config.evaluate)
-  net = judges.network(model.config, samples)
-  reference = judges.reference(model.config, paths, net)
-  return Bench(model, grid, paths, net, reference, runs.commit())
+  return grid
 
 
 def _claim(bench: Bench) -> None:
