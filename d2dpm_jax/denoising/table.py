@@ -6,6 +6,7 @@ Letters: `S` timesteps.
 import dataclasses
 import hashlib
 import json
+import lzma
 import os
 import zipfile
 import zlib
@@ -15,7 +16,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 # What reading a damaged .npz raises. RuntimeError: a flag says that it is
-# encrypted, or compressed in a way that zipfile lacks.
+# encrypted, or compressed in a way that zipfile lacks. The same tuple is in
+# `runtime.files`, which this room does without.
 _DAMAGE = (
   OSError,
   ValueError,
@@ -24,6 +26,7 @@ _DAMAGE = (
   RuntimeError,
   zipfile.BadZipFile,
   zlib.error,
+  lzma.LZMAError,
 )
 
 

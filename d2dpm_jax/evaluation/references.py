@@ -129,7 +129,7 @@ def _names(path: pathlib.Path) -> set[str]:
   try:
     with zipfile.ZipFile(path) as archive:
       return {n[:-4] for n in archive.namelist() if n.endswith('.npy')}
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+  except files.DAMAGE:
     return set()
 
 

@@ -32,9 +32,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   Raises:
     ValueError: there is no such report.
   """
-  what = config.benchmark.what
+  check(config.benchmark)
+  REPORTS[config.benchmark.what](config, files.Workdir.at(workdir))
+
+
+def check(settings: ml_collections.ConfigDict) -> None:
+  """Raises ValueError if there is no such report."""
+  what = settings.what
   if what not in REPORTS:
     raise ValueError(
       f'benchmark.what is {what!r}; expected one of {list(REPORTS)}.'
     )
-  REPORTS[what](config, files.Workdir.at(workdir))

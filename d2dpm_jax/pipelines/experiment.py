@@ -39,7 +39,7 @@ from d2dpm_jax.pipelines import (
 )
 from d2dpm_jax.pipelines.experiment_grid import Cell, Grid
 from d2dpm_jax.reporting import plots, tables
-from d2dpm_jax.runtime import devices, files, progress
+from d2dpm_jax.runtime import devices, files, progress, runs
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class Bench:
     paths: of the run.
     net: looks at the images.
     reference: what they are compared with.
+    commit: of the code that runs, when it began; see `runs.commit`.
   """
 
   model: setup.Model
@@ -77,6 +78,7 @@ class Bench:
   paths: files.Workdir
   net: features.FeatureNet
   reference: features.Summary
+  commit: str | None
 
   def configured(
     self, sampler: str, quantizer: str = '', bits: str = ''
@@ -151,20 +153,30 @@ def experiment(model: setup.Model, paths: files.Workdir) -> dict[str, Any]:
 
 def _prepare(model: setup.Model, paths: files.Workdir) -> Bench:
   """Checks everything that can be checked before work begins."""
+  grid = check(model)
+  size, channels = model.ldm.image_size, model.ldm.first_stage.out_ch
+  samples = image_sets.from_arrays(
+    'The experiment', np.zeros((1, size, size, channels), np.uint8)
+  )
+  net = judges.network(model.config, samples)
+  reference = judges.reference(model.config, paths, net)
+  return Bench(model, grid, paths, net, reference, runs.commit())
+
+
+def check(model: setup.Model) -> Grid:
+  """The grid of `model.config`; of the weights, only shapes are looked at.
+
+  Raises:
+    ValueError: bad settings.
+  """
   grid = experiment_grid.read(model.config, bool(model.num_classes))
   for word in grid.all_samplers():
     generation.rows_of(model.ldm, experiment_grid.sampler_of(word))
   for network in grid.networks():
     config = experiment_grid.configured(model.config, grid.learn_on, *network)
     calibrate.check(dataclasses.replace(model, config=config))
-  size, channels = model.ldm.image_size, model.ldm.first_stage.out_ch
-  samples = image_sets.from_arrays(
-    'The experiment', np.zeros((1, size, size, channels), np.uint8)
-  )
   evaluate.check(model.config.evaluate)
-  net = judges.network(model.config, samples)
-  reference = judges.reference(model.config, paths, net)
-  return Bench(model, grid, paths, net, reference)
+  return grid
 
 
 def _claim(bench: Bench) -> None:
@@ -447,6 +459,8 @@ def _write(
       'reference': settings.reference,
       'network': bench.net.name,
       'device': f'{len(jax.devices())} x {device}',
+      'commit': bench.commit,
+      'date': time.strftime('%Y-%m-%d', time.gmtime()),
       'values': {**values, **sampled.timing._asdict()},
       'settings': _settings(bench, cell),
     },

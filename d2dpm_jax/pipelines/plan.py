@@ -15,14 +15,17 @@ from flax import traverse_util
 
 from d2dpm_jax.pipelines import (
   batch_size,
+  benchmark,
   calibrate,
   evaluate,
-  experiment_grid,
+  experiment,
+  generation,
   layer_bits,
   quantize,
   sample,
   setup,
   statistics,
+  train,
   trajectories,
 )
 from d2dpm_jax.quantization import cost, memory, reconstruction
@@ -136,6 +139,7 @@ def _weights(model: setup.Model, paths: files.Workdir) -> str:
 
 def _calibrate(model: setup.Model, paths: files.Workdir) -> _Plan:
   config = model.config
+  setup.checked(config)
   calibrate.check(model)
   _check_calibration(model, paths)
   table, _ = layer_bits.layer_policy(model)
@@ -221,6 +225,11 @@ def _sampling_memory(model: setup.Model) -> list[str]:
 def _sample(model: setup.Model, paths: files.Workdir) -> _Plan:
   settings = model.config.sample
   sample.check(settings)
+  generation.check_execution(model.config.quant.execution)
+  setup.checked(model.config)
+  generation.rows_of(model.ldm, model.sampler)
+  if settings.labels:
+    sample.check_labels(model, np.asarray(settings.labels, np.int32))
   reads = [_weights(model, paths)]
   if settings.quantized or settings.compare:
     there = paths.quantized.exists()
@@ -239,7 +248,8 @@ def _sample(model: setup.Model, paths: files.Workdir) -> _Plan:
 
 
 def _experiment(model: setup.Model, paths: files.Workdir) -> _Plan:
-  grid = experiment_grid.read(model.config, bool(model.num_classes))
+  setup.checked(model.config)
+  grid = experiment.check(model)
   cells = grid.cells()
   done = sum(
     paths.experiment(f'cells/{cell.name}.json').is_file() for cell in cells
@@ -272,6 +282,7 @@ def _evaluate(model: setup.Model, paths: files.Workdir) -> _Plan:
 
 
 def _benchmark(model: setup.Model, paths: files.Workdir) -> _Plan:
+  benchmark.check(model.config.benchmark)
   return _Plan(writes=[paths.benchmark(f'{model.config.benchmark.what}.json')])
 
 
@@ -299,6 +310,7 @@ def _train(model: setup.Model, paths: files.Workdir) -> _Plan:
     raise ValueError(
       'This config has no `train` section; configs/mnist.py has one.'
     )
+  train.check(model.config.train)
   return _Plan(
     [f'data {model.config.train.data}'],
     writes=[paths.training, *(paths.root / name for name in names)],

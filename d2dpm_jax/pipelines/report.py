@@ -450,7 +450,7 @@ def _experiment(paths: files.Workdir, *_: Any) -> Section | None:
   told = (
     f'{results["num_images"]} images per seed, {len(results["seeds"])} seeds; '
     f'judged by {results["network"]} against {results["num_reference"]} images '
-    f'of {results["reference"]}, sampled on {", ".join(results["devices"])}.'
+    f'of {results["reference"]}, sampled on {tables.origin(results)}.'
   )
   legend = tables.LEGEND.replace('**', '').replace('`', '').replace('\n', ' ')
   return {'texts': [told, legend], 'tables': made, 'figures': drawn}

@@ -154,7 +154,9 @@ def check(settings: ml_collections.ConfigDict) -> None:
       f'sample.correction {settings.correction!r}: expected one of '
       f'{list(corrections.CORRECTIONS)}.'
     )
-  corrections.check(settings.correction, settings.absorb_variance)
+  if not settings.compare:  # That goes through corrections of its own.
+    kind = settings.correction if settings.quantized else 'none'
+    corrections.check(kind, settings.absorb_variance)
 
 
 def _warn_of_other_points(

@@ -12,7 +12,6 @@ import logging
 import pathlib
 import re
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,17 +22,6 @@ from d2dpm_jax.runtime import files
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r'(\d{8,})-(\d{8,})\.npz')
 _DATE = (1980, 1, 1, 0, 0, 0)  # Of every file: equal images are equal bytes.
-
-
-_DAMAGE = (
-  OSError,
-  KeyError,
-  EOFError,
-  ValueError,
-  RuntimeError,  # Flags say that zipfile lacks what it takes.
-  zlib.error,
-  zipfile.BadZipFile,
-)
 
 
 class Range(NamedTuple):
@@ -84,7 +72,7 @@ class Shards:
         if tuple(file['range']) != which:
           raise ValueError(f'it holds the images {file["range"]}')
         return Shard(file['arr_0'], file['arr_1'])
-    except _DAMAGE as error:
+    except files.DAMAGE as error:
       raise ValueError(
         f'{path} is damaged ({error}); run the same command again.'
       ) from error
@@ -101,7 +89,7 @@ class Shards:
     try:
       with np.load(self.path(which), allow_pickle=False) as file:
         return tuple(file['range']) == which
-    except _DAMAGE:
+    except files.DAMAGE:
       return False
 
   def count(self, wanted: int) -> int:

@@ -36,7 +36,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   paths = files.Workdir.at(workdir)
   config = setup.resolve(config)
   ldm = setup.build(config)
-  _check(config.train)
+  check(config.train)
   digits = data.load_mnist(config.train.data)
   setup.begin(config, paths)
   settings = {k: setup.plain(config[k]) for k in ('model', 'train', 'seed')}
@@ -59,7 +59,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
   _log.info('Wrote %s', paths.root / 'mnist_ldm.safetensors')
 
 
-def _check(train: ml_collections.ConfigDict) -> None:
+def check(train: ml_collections.ConfigDict) -> None:
+  """Raises ValueError if a number of `config.train` makes no sense."""
   for part in ('classifier', 'first_stage', 'diffusion'):
     for name in ('steps', 'batch_size'):
       if train[part][name] < 1:

@@ -56,9 +56,10 @@ def aggregate(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     cells: as --mode experiment keeps them, in the order of the rows.
 
   Returns:
-    What they have in common; `seeds`, `devices`; and `rows`, each with what
-    tells it apart and `values`: name -> mean, std (sample standard deviation,
-    None of a single number), n, and all: by seed, None where it is not known.
+    What they have in common; `seeds`; `devices`, `commits` and `dates` (UTC),
+    where cells know them; and `rows`, each with what tells it apart and
+    `values`: name -> mean, std (sample standard deviation, None of a single
+    number), n, and all: by seed, None where it is not known.
     Corrected ones have `paired`, the same of differences to correction 'none'.
 
   Raises:
@@ -90,9 +91,26 @@ def aggregate(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   return {
     **result,
     'seeds': list(dict.fromkeys(cell['seed'] for cell in cells)),
-    'devices': sorted({cell['device'] for cell in cells}),
+    'devices': _distinct(cells, 'device'),
+    # Cells of an installed package know no commit, older ones no date.
+    'commits': _distinct(cells, 'commit'),
+    'dates': _distinct(cells, 'date'),
     'rows': rows,
   }
+
+
+def _distinct(cells: Sequence[Mapping[str, Any]], name: str) -> list[str]:
+  """What cells say, without those that do not know it."""
+  return sorted({cell[name] for cell in cells if cell.get(name)})
+
+
+def origin(results: Mapping[str, Any]) -> str:
+  """'1 x cpu, 2026-11-22, commit e637c54': where and when it was sampled."""
+  commits = results.get('commits')
+  parts = [*results['devices'], *results.get('dates', ())]
+  if commits:
+    parts.append(f'commit {" and ".join(commits)}')
+  return ', '.join(parts)
 
 
 def _add_differences(rows: Sequence[dict[str, Any]]) -> None:
@@ -170,7 +188,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     f'{results["num_images"]} images per seed, {len(results["seeds"])} seed(s) '
     f'({seeds}). Judged by `{results["network"]}` against '
     f'{results["num_reference"]} images of `{results["reference"]}`. Sampled '
-    f'on {", ".join(results["devices"])}.',
+    f'on {origin(results)}.',
     '',
     LEGEND,
   ]

@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import json
+import lzma
 import os
 import pathlib
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
@@ -18,6 +20,19 @@ except ImportError:  # Windows: nothing keeps two processes apart there.
   fcntl = None  # type: ignore[assignment]
 
 _TEMPORARY = '.unfinished'
+
+# What reading a damaged .npz raises. RuntimeError: a flag says that it is
+# encrypted, or compressed in a way that zipfile lacks.
+DAMAGE = (
+  OSError,
+  ValueError,
+  EOFError,
+  KeyError,
+  RuntimeError,
+  zipfile.BadZipFile,
+  zlib.error,
+  lzma.LZMAError,
+)
 
 
 @dataclasses.dataclass(frozen=True)

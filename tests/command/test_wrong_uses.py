@@ -435,14 +435,25 @@ def test_modes_of_one_process_do_not_wait_for_two(call, monkeypatch):
   assert '--mode evaluate is run by one process, and here are 2' in line
 
 
-@pytest.mark.parametrize('mode', ['sample', 'evaluate'])
-def test_a_plan_refuses_what_the_run_does(call, mode):
-  line = call(
-    '--mode', mode, '--dry_run', '--config.sample.correction=dd2',
-    '--config.evaluate.batch_size=0',
-  )  # fmt: skip
-  wrong = {'sample': "'dd2': expected one of", 'evaluate': 'batch_size is 0'}
-  assert wrong[mode] in line
+@pytest.mark.parametrize(
+  ('mode', 'override', 'part'),
+  [
+    ('sample', 'sample.correction=dd2', "'dd2': expected one of"),
+    ('sample', 'sample.absorb_variance=True', 'sample.absorb_variance'),
+    ('sample', 'sample.labels=(7,)', 'Labels [7]'),
+    ('sample', 'sampler.eta=-1.0', 'eta'),
+    ('sample', 'quant.execution=fast', "quant.execution 'fast'"),
+    ('sample', 'seed=-1', 'seed is -1'),
+    ('calibrate', 'seed=-1', 'seed is -1'),
+    ('evaluate', 'evaluate.batch_size=0', 'batch_size is 0'),
+    ('experiment', 'evaluate.batch_size=0', 'batch_size is 0'),
+    ('experiment', "experiment.samplers=('s3_eta0_2000',)", '2000'),
+    ('benchmark', 'benchmark.what=spede', "'spede'"),
+    ('train', 'train.classifier.steps=0', 'steps is 0'),
+  ],
+)
+def test_a_plan_refuses_what_the_run_does(call, mode, override, part):
+  assert part in call('--mode', mode, '--dry_run', f'--config.{override}')
 
 
 def test_an_error_that_nobody_thought_of(call, monkeypatch):

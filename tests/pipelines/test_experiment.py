@@ -28,7 +28,7 @@ from d2dpm_jax.pipelines import (
 )
 from d2dpm_jax.quantization import affine
 from d2dpm_jax.reporting import plots
-from d2dpm_jax.runtime import files
+from d2dpm_jax.runtime import files, runs
 
 _SEEDS = (0, 5)
 _SAMPLERS = ('s3_eta0_2', 's1.5_eta1_2')
@@ -416,6 +416,24 @@ def test_the_tables_are_those_of_the_cells(finished):
         std = unit * np.std(values, ddof=1)
         found = table[name][column].strip('*')
         assert found == f'{mean:.{digits}f} ± {std:.{digits}f}', (name, column)
+
+
+def test_cells_keep_the_commit_and_the_day(finished, copy):
+  for cell in _cells(finished.paths).values():
+    assert cell['commit'] == runs.commit()
+    assert re.fullmatch(r'\d{4}-\d\d-\d\d', cell['date'])
+  assert finished.results['dates'] and finished.results['dates'][0] in (
+    finished.paths.experiment('results.md').read_text()
+  )
+  for path in copy.experiment('cells').glob('*.json'):  # Cells of before.
+    cell = files.read_json(path)
+    del cell['commit'], cell['date']
+    files.write_json(path, cell)
+  with _watched() as sampled:
+    experiment.run(finished.config, str(copy.root))
+  assert not sampled
+  results = files.read_json(copy.experiment('results.json'))
+  assert results['commits'] == results['dates'] == []
 
 
 def test_the_plot_shows_mean_and_spread(finished):

@@ -106,6 +106,26 @@ def test_rows_keep_every_number():
   assert value['std'] == pytest.approx(0.02**0.5)
 
 
+def test_the_head_says_where_when_and_of_which_code():
+  cells = _cells((4.9, 5.1))
+  old = tables.markdown(tables.aggregate(cells))  # Of cells without them.
+  assert 'Sampled on 1 x cpu.' in old and 'commit' not in old
+  for cell, day in zip(cells, (23, 22, 22, 22, 22), strict=False):
+    cell.update(commit='0123abcd', date=f'2026-11-{day}')
+  cells[1]['commit'] = None  # Not from a repository.
+  cells[2]['commit'] = '4567cdef+'
+  results = tables.aggregate(cells)
+  assert results['commits'] == ['0123abcd', '4567cdef+']
+  assert results['dates'] == ['2026-11-22', '2026-11-23']
+  assert (
+    'Sampled on 1 x cpu, 2026-11-22, 2026-11-23, commit 0123abcd and 4567cdef+.'
+    in tables.markdown(results)
+  )
+  # results.json of before.
+  del results['commits'], results['dates']
+  assert tables.markdown(results) == old
+
+
 def test_cells_of_different_counts_are_not_mixed():
   cells = _cells((4.9, 5.1))
   cells[3]['num_images'] = 50

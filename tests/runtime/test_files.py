@@ -8,6 +8,8 @@ import stat
 import numpy as np
 import pytest
 
+from d2dpm_jax.denoising import table
+from d2dpm_jax.pipelines import shards
 from d2dpm_jax.runtime import files
 
 
@@ -148,3 +150,30 @@ def test_any_changed_byte_is_noticed(tmp_path, kind):
     path.write_bytes(whole[:size])
     assert not files.is_intact(path)
   assert not files.is_intact(tmp_path / 'missing')
+
+
+def test_damage_is_the_same_in_the_room_without_files():
+  assert table._DAMAGE == files.DAMAGE
+
+
+def test_any_damaged_bit_of_a_shard_is_noticed(tmp_path):
+  """As an error that names the file, or nothing that is read is damaged."""
+  directory, rng = shards.Shards(tmp_path), np.random.default_rng(0)
+  which = shards.Range(0, 2)
+  images = rng.integers(0, 256, (2, 4, 4, 1), np.uint8)
+  directory.write(0, images, np.zeros(2, np.int32))
+  path = directory.path(which)
+  whole, refused = path.read_bytes(), 0
+  for place in range(len(whole)):
+    damaged = bytearray(whole)
+    damaged[place] ^= 1 << int(rng.integers(8))
+    path.write_bytes(damaged)
+    assert not files.is_intact(path)
+    try:
+      found = directory.read(which)
+    except ValueError as error:
+      assert str(path) in str(error)
+      refused += 1
+    else:
+      np.testing.assert_array_equal(found.images, images)
+  assert refused > len(whole) // 3
