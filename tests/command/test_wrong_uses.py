@@ -423,18 +423,6 @@ def test_an_address_that_is_taken(call, monkeypatch):
   assert 'localhost:1: UNKNOWN: Failed to start RPC server' in line
 
 
-def test_modes_of_one_process_do_not_wait_for_two(call, monkeypatch):
-  def joined(*_):
-    raise AssertionError('it waits')
-
-  monkeypatch.setattr(processes, 'initialize', joined)
-  line = call(
-    '--mode', 'evaluate', '--num_processes=2', '--process_id=0',
-    '--coordinator_address=localhost:1',
-  )  # fmt: skip
-  assert '--mode evaluate is run by one process, and here are 2' in line
-
-
 @pytest.mark.parametrize(
   ('mode', 'override', 'part'),
   [
