@@ -33,7 +33,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     iters=4, act_iters=4, batch_size=8, devices=1
   )
   config.calibration.update(num_samples=12, batch_size=8)
-  config.statistics.update(num_samples=12, num_trials=4)
+  config.statistics.update(num_samples=12, num_trials=3)
   config.sample.update(num_images=10, microbatch=2)
   if arg == 'few':
     # Residual blocks of one shape: few programs to compile.

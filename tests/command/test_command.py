@@ -147,12 +147,12 @@ def test_plan_of_a_calibration(capsys, tiny, few, tmp_path):
   text = _call(capsys, *flags, tmp_path / 'work', '--config.seed=3')
   assert 'seed=3 (the file: 0)' in text
   assert 'quant.float_layers=' in text  # The argument's doing.
-  assert 'trajectories: 0 of 16 images' in text
+  assert 'trajectories: 0 of 15 images' in text
   assert re.search(r'quantization: 0 of \d+ units', text)
   assert re.search(r'\d+ MB on each of 1 device', text)
   assert not (tmp_path / 'work').exists()
   text = _call(capsys, *flags, few)
-  assert 'trajectories: 16 of 16 images' in text and 'all of it: yes' in text
+  assert 'trajectories: 15 of 15 images' in text and 'all of it: yes' in text
   done, total = re.search(r'quantization: (\d+) of (\d+) units', text).groups()
   assert done == total and int(total) > 0
   assert re.search(r'It took \d+ s the last time', text)
