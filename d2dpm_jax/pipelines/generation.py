@@ -126,12 +126,10 @@ def network_params(
     return params
   variables = integer.without_kernels({'params': params['unet']}, qstate)
   dtype = float_type(float_dtype)
-  unet = jax.tree.map(
-    # Empty ones stand for dequantized kernels, which are float32.
-    lambda x: x.astype(dtype) if x.size else x,
-    variables['params'],
-  )
-  return {**params, 'unet': unet}
+  rounded = jax.tree.map(lambda x: x.astype(dtype), variables['params'])
+  # What stands for a dequantized kernel stays float32, as that is.
+  variables = integer.without_kernels({'params': rounded}, qstate)
+  return {**params, 'unet': variables['params']}
 
 
 def rows_of(ldm: LatentDiffusion, settings: SamplerSettings) -> ddim.Rows:

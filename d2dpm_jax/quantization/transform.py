@@ -42,6 +42,10 @@ class LayerState(TypedDict):
   act: affine.QParams | None
 
 
+# In the place of a kernel, which has more than one dimension. Not empty: XLA of
+# jaxlib 0.11 crashes on programs for several devices with empty arguments.
+DROPPED = np.zeros([1], np.float32)
+
 # Path -> quantizers, for the quantized layers only. A pytree.
 QuantState = dict[str, LayerState]
 
@@ -179,7 +183,7 @@ def replace_kernels(
     key = _kernel_key(path)
     if key not in flat:
       raise KeyError(f'No kernel at {path!r} in params.')
-    if flat[key].size and flat[key].shape != kernel.shape:
+    if flat[key].ndim > 1 and flat[key].shape != kernel.shape:
       raise ValueError(
         f'Quantized kernel {kernel.shape} does not fit {flat[key].shape} '
         f'of {path!r}.'
@@ -191,7 +195,7 @@ def replace_kernels(
 def drop_kernels(
   variables: Variables, paths: Collection[str]
 ) -> dict[str, Any]:
-  """Copy of `variables` with float32[0] in place of some kernels.
+  """Copy of `variables` with `DROPPED` in place of some kernels.
 
   The structure stays the same; a model that is applied to it as it is fails.
 
@@ -203,7 +207,7 @@ def drop_kernels(
   )
   for path in paths:
     get_kernel(variables['params'], path)
-    flat[_kernel_key(path)] = np.zeros([0], np.float32)
+    flat[_kernel_key(path)] = DROPPED
   return {**variables, 'params': traverse_util.unflatten_dict(flat)}
 
 
