@@ -43,7 +43,7 @@ class Quantized:
 
   Attributes:
     model: the full-precision model that the quantizers belong to. Of
-      `load_alone` it has `transform.DROPPED` for kernels that are quantized.
+      `load_alone` it has float32[0] for kernels that are quantized.
     qstate: path -> quantizers of `quantization.transform`; empty for the
       full-precision network itself.
     error_models: 'tensor' and 'channel' -> joint Gaussians of all steps.
@@ -296,7 +296,7 @@ def load_alone(
   ]
   flat = traverse_util.flatten_dict(tree['params'], sep='/')
   setup.check_shapes(tree['params'], ldm, paths.quantized, absent)
-  flat |= {name: transform.DROPPED for name in absent}
+  flat |= {name: np.zeros([0], np.float32) for name in absent}
   params = traverse_util.unflatten_dict(flat, sep='/')
   params.setdefault('cond_stage', {})  # Of an unconditional model.
   return dataclasses.replace(

@@ -126,10 +126,14 @@ def network_params(
     return params
   variables = integer.without_kernels({'params': params['unet']}, qstate)
   dtype = float_type(float_dtype)
-  rounded = jax.tree.map(lambda x: x.astype(dtype), variables['params'])
-  # What stands for a dequantized kernel stays float32, as that is.
-  variables = integer.without_kernels({'params': rounded}, qstate)
-  return {**params, 'unet': variables['params']}
+  unet = jax.tree.map(
+    # Empty ones stand for dequantized kernels, which are float32. Programs get
+    # one number: XLA of jaxlib 0.11 crashes on empty arguments where there are
+    # several devices.
+    lambda x: x.astype(dtype) if x.size else np.zeros([1], np.float32),
+    variables['params'],
+  )
+  return {**params, 'unet': unet}
 
 
 def rows_of(ldm: LatentDiffusion, settings: SamplerSettings) -> ddim.Rows:

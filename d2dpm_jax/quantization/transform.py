@@ -42,10 +42,6 @@ class LayerState(TypedDict):
   act: affine.QParams | None
 
 
-# In the place of a kernel, which has more than one dimension. Not empty: XLA of
-# jaxlib 0.11 crashes on programs for several devices with empty arguments.
-DROPPED = np.zeros([1], np.float32)
-
 # Path -> quantizers, for the quantized layers only. A pytree.
 QuantState = dict[str, LayerState]
 
@@ -195,7 +191,7 @@ def replace_kernels(
 def drop_kernels(
   variables: Variables, paths: Collection[str]
 ) -> dict[str, Any]:
-  """Copy of `variables` with `DROPPED` in place of some kernels.
+  """Copy of `variables` with float32[0] in place of some kernels.
 
   The structure stays the same; a model that is applied to it as it is fails.
 
@@ -207,7 +203,7 @@ def drop_kernels(
   )
   for path in paths:
     get_kernel(variables['params'], path)
-    flat[_kernel_key(path)] = DROPPED
+    flat[_kernel_key(path)] = np.zeros([0], np.float32)
   return {**variables, 'params': traverse_util.unflatten_dict(flat)}
 
 
