@@ -170,11 +170,7 @@ def _stored(quantized: Quantized) -> dict[str, Any]:
       for path, sides in transform.state_to_arrays(qstate).items()
     },
     'params': traverse_util.unflatten_dict(
-      {
-        name: x
-        for name, x in params.items()
-        if name[-1] != 'kernel' or np.ndim(x) > 1  # Codes are above.
-      }
+      {name: x for name, x in params.items() if np.size(x)}
     ),
   }
 

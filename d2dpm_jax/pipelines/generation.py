@@ -127,10 +127,8 @@ def network_params(
   variables = integer.without_kernels({'params': params['unet']}, qstate)
   dtype = float_type(float_dtype)
   unet = jax.tree.map(
-    # Empty ones stand for dequantized kernels, which are float32. Programs get
-    # one number: XLA of jaxlib 0.11 crashes on empty arguments where there are
-    # several devices.
-    lambda x: x.astype(dtype) if x.size else np.zeros([1], np.float32),
+    # Empty ones stand for dequantized kernels, which are float32.
+    lambda x: x.astype(dtype) if x.size else x,
     variables['params'],
   )
   return {**params, 'unet': unet}

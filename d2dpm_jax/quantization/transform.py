@@ -179,7 +179,7 @@ def replace_kernels(
     key = _kernel_key(path)
     if key not in flat:
       raise KeyError(f'No kernel at {path!r} in params.')
-    if flat[key].ndim > 1 and flat[key].shape != kernel.shape:
+    if flat[key].size and flat[key].shape != kernel.shape:
       raise ValueError(
         f'Quantized kernel {kernel.shape} does not fit {flat[key].shape} '
         f'of {path!r}.'
