@@ -1,0 +1,162 @@
+"""Norm, SiLU, quantization and padding in one pass; Pallas, Triton."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+Array = jax.Array
+
+# Added to a float32 of size up to 2**22, this rounds it half to even, and
+# leaves the whole number in the low bits.
+_ROUND = np.float32(1.5 * 2**23)
+_ROUND_BITS = int(_ROUND.view(np.int32))
+_LOG2E = float(np.log2(np.e))
+_WARP = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+  """Sizes of a tile, powers of two, and what a program has.
+
+  Attributes:
+    pixels: of a padded image.
+    channels: taken at a time; divides C.
+    warps: of 32 threads.
+  """
+
+  pixels: int = 32
+  channels: int = 64
+  warps: int = 4
+
+
+def norm_silu_quantize(
+  x: Array,
+  gain: Array,
+  shift: Array,
+  inverse_scale: Array,
+  zero_point: Array,
+  offset: Array,
+  *,
+  bits: int = 8,
+  silu: bool = True,
+  padding: int = 1,
+  sums: bool = True,
+  tiles: Tiles = Tiles(),
+  interpret: bool = False,
+) -> tuple[Array, Array | None]:
+  """Quantizes `silu(x gain + shift)`, padded with the code of zero.
+
+  Codes are those of `affine.quantize`, but where its quotient and this product
+  are rounded up and down. The zero point has to be one of the codes.
+
+  Args:
+    x: bfloat16 or float32[B, H, W, C].
+    gain: float32[B, C], of the norm: rstd scale.
+    shift: float32[B, C]: bias - mean rstd scale.
+    inverse_scale: float32[], 1 / step of the grid.
+    zero_point: float32[], whole, 0 .. 2**bits - 1.
+    offset: float32[] or int[], what is taken from codes to make them int8.
+    bits: of the codes.
+    silu: whether there is one.
+    padding: pixels added at each side.
+    sums: also return sums over channels.
+    tiles: see there.
+    interpret: run on any device, slowly.
+
+  Returns:
+    int8[B, H + 2 padding, W + 2 padding, C], codes minus the offset, and
+    int32[B, H + 2 padding, W + 2 padding], their sums over channels, or None.
+
+  Raises:
+    ValueError: the channels do not divide into those of a tile.
+  """
+  b, height, width, depth = x.shape
+  if depth % tiles.channels:
+    raise ValueError(f'{depth} channels do not divide into {tiles}.')
+  tall, wide = height + 2 * padding, width + 2 * padding
+  total = tall * wide
+  zero_point = jnp.asarray(zero_point, jnp.float32)
+  top = 2**bits - 1
+  grid = jnp.stack(
+    [
+      jnp.asarray(inverse_scale, jnp.float32),
+      -zero_point,
+      top - zero_point,
+      zero_point - jnp.asarray(offset, jnp.float32),
+    ]
+  )
+
+  def kernel(x_ref, gain_ref, shift_ref, grid_ref, a_ref, *sum_refs):
+    image = pl.program_id(1)
+    pixels = pl.program_id(0) * tiles.pixels + jnp.arange(tiles.pixels)
+    row, column = pixels // wide - padding, pixels % wide - padding
+    exists = pixels < total
+    interior = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    if padding == 0:
+      interior = exists
+    source = image * (height * width) + row * width + column
+    source = jnp.where(interior, source, 0)
+    inverse, low, high = grid_ref[0], grid_ref[1], grid_ref[2]
+    border = grid_ref[3].astype(jnp.int32)
+    shape = (tiles.pixels, tiles.channels)
+    interior = jnp.broadcast_to(interior[:, None], shape)
+    targets = image * total + pixels
+    exists_here = jnp.broadcast_to(exists[:, None], shape)
+    summed = jnp.zeros(shape, jnp.int32)
+    for first in range(0, depth, tiles.channels):
+      channels = first + jnp.arange(tiles.channels)
+      here = jnp.full(tiles.channels, image)
+      square = (source[:, None], channels[None])
+      values = plgpu.load(
+        x_ref.at[square], mask=interior, other=0.0
+      ).astype(jnp.float32)
+      y = values * plgpu.load(gain_ref.at[here, channels])[None]
+      y += plgpu.load(shift_ref.at[here, channels])[None]
+      if silu:
+        y *= _reciprocal(1.0 + jnp.exp2(y * -_LOG2E), interpret)
+      y = jnp.minimum(jnp.maximum(y * inverse, low), high) + _ROUND
+      codes = jax.lax.bitcast_convert_type(y, jnp.int32) - _ROUND_BITS
+      codes = jnp.where(interior, codes + border, border)
+      plgpu.store(
+        a_ref.at[targets[:, None], channels[None]],
+        codes.astype(jnp.int8),
+        mask=exists_here,
+      )
+      summed += codes
+    for ref in sum_refs:
+      plgpu.store(ref.at[targets], jnp.sum(summed, axis=1), mask=exists)
+
+  shapes: list[Any] = [jax.ShapeDtypeStruct((b * total, depth), jnp.int8)]
+  if sums:
+    shapes.append(jax.ShapeDtypeStruct((b * total,), jnp.int32))
+  a, *rest = pl.pallas_call(
+    kernel,
+    grid=(pl.cdiv(total, tiles.pixels), b),
+    out_shape=shapes,
+    compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=1),
+    interpret=interpret,
+    name='norm_silu_quantize',
+  )(x.reshape(-1, depth), gain, shift, grid)
+  a = a.reshape(b, tall, wide, depth)
+  return a, rest[0].reshape(b, tall, wide) if sums else None
+
+
+def _reciprocal(x: Array, interpret: bool) -> Array:
+  """1 / x to a relative error of 2**-23; infinity gives 0."""
+  if interpret:
+    return 1.0 / x
+  [y] = plgpu.elementwise_inline_asm(
+    'rcp.approx.ftz.f32 $0, $1;',
+    args=[x],
+    constraints='=f,f',
+    pack=1,
+    result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)],
+  )
+  return y
