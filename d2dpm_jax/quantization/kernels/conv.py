@@ -93,22 +93,24 @@ def conv3x3_rescale(
     more = dict(zip(given, refs[: len(given)], strict=True))
     y_ref, *moment_refs = refs[len(given) :]
     which = pl.program_id(0)
-    band = which // (_GROUP * columns_of)
+    band, within = epilogue.divide(which, _GROUP * columns_of)
     first = band * _GROUP
     tall = jnp.minimum(rows_of - first, _GROUP)
-    within = which % (_GROUP * columns_of)
-    row, column = first + within % tall, within // tall
+    row = first + jax.lax.rem(within, tall)
+    column = jax.lax.div(within, tall)
     rows = row * tiles.m + jnp.arange(tiles.m)
     columns = column * tiles.n + jnp.arange(tiles.n)
     mask = columns < n
     read = columns if inside else jnp.where(mask, columns, 0)
-    image, place = rows // per_image, rows % per_image
-    corner = (image * (height + 2) + place // width) * line + place % width
+    image, place = epilogue.divide(rows, per_image)
+    y, x = epilogue.divide(place, width)
+    corner = (image * (height + 2) + y) * line + x
 
     def step(i, total):
-      tap, chunk = i // chunks, i % chunks
+      tap, chunk = epilogue.divide(i, chunks)
+      down, right = epilogue.divide(tap, _SIDE)
       depths = (chunk * tiles.k + jnp.arange(tiles.k))[None]
-      moved = corner + (tap // _SIDE) * line + tap % _SIDE
+      moved = corner + down * line + right
       a_tile = plgpu.load(a_ref.at[moved[:, None], depths])
       k_tile = plgpu.load(k_ref.at[(tap * n + read)[:, None], depths])
       return total + matmul.dot(a_tile, k_tile)
@@ -136,7 +138,7 @@ def conv3x3_rescale(
     if bias.ndim == 1:
       added = per_column(bias_ref)
     elif per_image % tiles.m == 0:  # A tile is of one image.
-      one = jnp.full(tiles.n, row * tiles.m // per_image)
+      one = epilogue.divide(jnp.full(tiles.n, row * tiles.m), per_image)[0]
       added = load(bias_ref, (one, columns), mask)[None]
     else:
       added = load(bias_ref, (image[:, None], columns[None]), wide)

@@ -1,4 +1,4 @@
-"""What follows a sum of integers: corrections, scale, bias, residual."""
+"""What kernels share: what follows a sum of integers, and divisions."""
 
 from __future__ import annotations
 
@@ -39,3 +39,12 @@ def rescale(
     total += correction
   y = total.astype(jnp.float32) * scale + bias
   return y if residual is None else y + residual.astype(jnp.float32)
+
+
+def divide(x: Array, by: int) -> tuple[Array, Array]:
+  """Quotient and remainder of int32 that are not negative.
+
+  `//` and `%` look after signs, and Triton cannot lower that.
+  """
+  n = jnp.asarray(by, x.dtype)
+  return jax.lax.div(x, n), jax.lax.rem(x, n)

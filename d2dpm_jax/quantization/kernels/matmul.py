@@ -100,11 +100,11 @@ def matmul_rescale(
     more = dict(zip(given, rest, strict=True))
     # Tiles in bands of rows, so that a band stays in the cache.
     which = pl.program_id(0)
-    band = which // (_GROUP * columns_of)
+    band, within = epilogue.divide(which, _GROUP * columns_of)
     first = band * _GROUP
     height = jnp.minimum(rows_of - first, _GROUP)
-    within = which % (_GROUP * columns_of)
-    row, column = first + within % height, within // height
+    row = first + jax.lax.rem(within, height)
+    column = jax.lax.div(within, height)
     rows = row * tiles.m + jnp.arange(tiles.m)
     columns = column * tiles.n + jnp.arange(tiles.n)
     mask = columns < n

@@ -11,6 +11,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from d2dpm_jax.quantization.kernels import epilogue
+
 Array = jax.Array
 
 # Added to a float32 of size up to 2**22, this rounds it half to even, and
@@ -36,15 +38,34 @@ class Tiles:
   warps: int = 4
 
 
+def grid_numbers(
+  inverse_scale: Any, zero_point: Any, offset: Any, bits: int = 8
+) -> Array:
+  """float32[4], what `norm_silu_quantize` takes; once per layer.
+
+  Args:
+    inverse_scale: float32[], 1 / step of the grid.
+    zero_point: float32[], whole, 0 .. 2**bits - 1.
+    offset: float32[] or int[], what is taken from codes to make them int8.
+    bits: of the codes.
+  """
+  zero_point = jnp.asarray(zero_point, jnp.float32)
+  return jnp.stack(
+    [
+      jnp.asarray(inverse_scale, jnp.float32),
+      -zero_point,  # The least and the largest quotient, rounded.
+      2**bits - 1 - zero_point,
+      zero_point - jnp.asarray(offset, jnp.float32),  # Zero, as int8.
+    ]
+  )
+
+
 def norm_silu_quantize(
   x: Array,
   gain: Array,
   shift: Array,
-  inverse_scale: Array,
-  zero_point: Array,
-  offset: Array,
+  grid: Array,
   *,
-  bits: int = 8,
   silu: bool = True,
   padding: int = 1,
   sums: bool = True,
@@ -60,10 +81,7 @@ def norm_silu_quantize(
     x: bfloat16 or float32[B, H, W, C].
     gain: float32[B, C], of the norm: rstd scale.
     shift: float32[B, C]: bias - mean rstd scale.
-    inverse_scale: float32[], 1 / step of the grid.
-    zero_point: float32[], whole, 0 .. 2**bits - 1.
-    offset: float32[] or int[], what is taken from codes to make them int8.
-    bits: of the codes.
+    grid: float32[4], see `grid_numbers`.
     silu: whether there is one.
     padding: pixels added at each side.
     sums: also return sums over channels.
@@ -82,21 +100,11 @@ def norm_silu_quantize(
     raise ValueError(f'{depth} channels do not divide into {tiles}.')
   tall, wide = height + 2 * padding, width + 2 * padding
   total = tall * wide
-  zero_point = jnp.asarray(zero_point, jnp.float32)
-  top = 2**bits - 1
-  grid = jnp.stack(
-    [
-      jnp.asarray(inverse_scale, jnp.float32),
-      -zero_point,
-      top - zero_point,
-      zero_point - jnp.asarray(offset, jnp.float32),
-    ]
-  )
 
   def kernel(x_ref, gain_ref, shift_ref, grid_ref, a_ref, *sum_refs):
     image = pl.program_id(1)
     pixels = pl.program_id(0) * tiles.pixels + jnp.arange(tiles.pixels)
-    row, column = pixels // wide - padding, pixels % wide - padding
+    row, column = (v - padding for v in epilogue.divide(pixels, wide))
     exists = pixels < total
     interior = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     if padding == 0:
@@ -109,13 +117,12 @@ def norm_silu_quantize(
     interior = jnp.broadcast_to(interior[:, None], shape)
     targets = image * total + pixels
     exists_here = jnp.broadcast_to(exists[:, None], shape)
-    summed = jnp.zeros(shape, jnp.int32)
-    for first in range(0, depth, tiles.channels):
-      channels = first + jnp.arange(tiles.channels)
-      here = jnp.full(tiles.channels, image)
-      square = (source[:, None], channels[None])
+    here = jnp.full(tiles.channels, image)
+
+    def step(i, summed):
+      channels = i * tiles.channels + jnp.arange(tiles.channels)
       values = plgpu.load(
-        x_ref.at[square], mask=interior, other=0.0
+        x_ref.at[source[:, None], channels[None]], mask=interior, other=0.0
       ).astype(jnp.float32)
       y = values * plgpu.load(gain_ref.at[here, channels])[None]
       y += plgpu.load(shift_ref.at[here, channels])[None]
@@ -129,7 +136,11 @@ def norm_silu_quantize(
         codes.astype(jnp.int8),
         mask=exists_here,
       )
-      summed += codes
+      return summed + codes
+
+    summed = jax.lax.fori_loop(
+      0, depth // tiles.channels, step, jnp.zeros(shape, jnp.int32)
+    )
     for ref in sum_refs:
       plgpu.store(ref.at[targets], jnp.sum(summed, axis=1), mask=exists)
 
