@@ -58,7 +58,7 @@ class Tiles:
   def shared_bytes(self, sums: bool = False) -> int:
     """Shared memory of a block, without barriers."""
     depth = self.stages * (_WARPGROUPS * self.rows + self.n) * self.k
-    ones = _ONES * self.k if sums else 0
+    ones = _WARPGROUPS * _ONES * self.k if sums else 0
     return depth + ones + _WARPGROUPS * self.rows * self.n * 2
 
 
@@ -75,7 +75,7 @@ def matmul_rescale(
   row_sums: Array | None = None,
   residual: Array | None = None,
   tiles: Tiles = Tiles(),
-  interpret: Any = False,
+  interpret: Any = None,
 ) -> Array:
   """`(a k' + row_sums shift) scale + bias + residual`.
 
@@ -146,7 +146,7 @@ def conv3x3_rescale(
   window_sums: Array | None = None,
   residual: Array | None = None,
   tiles: Tiles = Tiles(),
-  interpret: Any = False,
+  interpret: Any = None,
 ) -> Array:
   """`(conv(a, k) + window_sums shift) scale + bias + residual`.
 
@@ -277,6 +277,7 @@ def _product(
     'shift': shift,
     'sums': sums if shift is not None else None,
     'residual': residual,
+    'ones': jnp.ones((_ONES, tiles.k), jnp.int8) if sum_here else None,
   }
   given = {key: x for key, x in optional.items() if x is not None}
 
@@ -332,9 +333,12 @@ def _product(
     def _():
       plgpu.set_max_registers(_REGISTERS[1], action='increase')
       if sum_here:
-        (ones,) = scratch
-        ones[warpgroup] = jnp.ones((_ONES, tiles.k), jnp.int8)
-        plgpu.commit_smem()
+        ones, loaded = scratch
+        mine_of_ones = ones.at[warpgroup]
+        plgpu.copy_gmem_to_smem(
+          more['ones'], mine_of_ones, loaded.at[warpgroup]
+        )
+        plgpu.barrier_wait(loaded.at[warpgroup])
 
       def one_tile(i, _):
         row, column = place(i)
@@ -357,7 +361,7 @@ def _product(
             rows = a_tiles.at[slot, warpgroup]
             plgpu.wgmma(total, rows, k_tiles.at[slot].T)
             for ref in summed:
-              plgpu.wgmma(ref, rows, ones.at[warpgroup].T)
+              plgpu.wgmma(ref, rows, mine_of_ones.T)
             # The products of the last step are done, those of this one go on.
             plgpu.wgmma_wait(1 + len(summed))
 
@@ -384,7 +388,6 @@ def _product(
         elif shift is not None:
           row_sums = plgpu.load(
             rows_at(more['sums'], row, warpgroup),
-            (),
             layout=plgpu.Layout.WGMMA.reduce(1),
             optimized=False,
           )
@@ -441,6 +444,7 @@ def _product(
         (_WARPGROUPS, _ONES, tiles.k), jnp.int8, transforms=operands
       )
     )
+    scratch.append(plgpu.Barrier(num_barriers=_WARPGROUPS))
   return plgpu.kernel(
     body,
     out_type=jax.ShapeDtypeStruct(shape, jnp.bfloat16),
@@ -453,7 +457,7 @@ def _product(
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup
     ),
     interpret=interpret,
-    name=name,
+    kernel_name=name,
   )(a, k, scale, bias, *given.values())
 
 
@@ -463,9 +467,7 @@ def _rescaled(total: Array, row_sums: Array | None, refs: list[Any]) -> Array:
     None
     if ref is None
     else lax.broadcast_in_dim(
-      plgpu.load(
-        ref, (), layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
-      ),
+      plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False),
       total.shape,
       (1,),
     )
