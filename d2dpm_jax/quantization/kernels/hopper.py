@@ -327,7 +327,14 @@ def _product(
         )
         return ()
 
-      lax.fori_loop(0, mine * steps, copy, ())
+      count = mine * steps
+      lax.fori_loop(0, count, copy, ())
+
+      def see_off(i, _):
+        plgpu.barrier_wait(empty.at[lax.rem(i, jnp.int32(tiles.stages))])
+        return ()
+
+      lax.fori_loop(jnp.maximum(count - tiles.stages, 0), count, see_off, ())
 
     @pl.when(warpgroup < _WARPGROUPS)
     def _():

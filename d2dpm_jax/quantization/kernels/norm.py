@@ -69,6 +69,7 @@ def norm_silu_quantize(
   silu: bool = True,
   padding: int = 1,
   sums: bool = True,
+  images_inside: tuple[bool, bool] = (False, False),
   tiles: Tiles = Tiles(),
   interpret: bool = False,
 ) -> tuple[Array, Array | None]:
@@ -85,6 +86,8 @@ def norm_silu_quantize(
     silu: whether there is one.
     padding: pixels added at each side.
     sums: also return sums over channels.
+    images_inside: whether `x`, and what is returned, have images after pixels,
+      [H, W, B, C].
     tiles: see there.
     interpret: run on any device, slowly.
 
@@ -95,27 +98,35 @@ def norm_silu_quantize(
   Raises:
     ValueError: the channels do not divide into those of a tile.
   """
-  b, height, width, depth = x.shape
+  inside, inside_after = images_inside
+  if inside:
+    height, width, b, depth = x.shape
+  else:
+    b, height, width, depth = x.shape
   if depth % tiles.channels:
     raise ValueError(f'{depth} channels do not divide into {tiles}.')
   tall, wide = height + 2 * padding, width + 2 * padding
   total = tall * wide
+  blocks = pl.cdiv(total, tiles.pixels)
 
   def kernel(x_ref, gain_ref, shift_ref, grid_ref, a_ref, *sum_refs):
-    image = pl.program_id(1)
-    pixels = pl.program_id(0) * tiles.pixels + jnp.arange(tiles.pixels)
+    # Those programs follow each other that write next to each other.
+    image = pl.program_id(0 if inside_after else 1)
+    block = pl.program_id(1 if inside_after else 0)
+    pixels = block * tiles.pixels + jnp.arange(tiles.pixels)
     row, column = (v - padding for v in epilogue.divide(pixels, wide))
     exists = pixels < total
     interior = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     if padding == 0:
       interior = exists
-    source = image * (height * width) + row * width + column
+    source = row * width + column
+    source = source * b + image if inside else image * height * width + source
     source = jnp.where(interior, source, 0)
     inverse, low, high = grid_ref[0], grid_ref[1], grid_ref[2]
     border = grid_ref[3].astype(jnp.int32)
     shape = (tiles.pixels, tiles.channels)
     interior = jnp.broadcast_to(interior[:, None], shape)
-    targets = image * total + pixels
+    targets = pixels * b + image if inside_after else image * total + pixels
     exists_here = jnp.broadcast_to(exists[:, None], shape)
     here = jnp.full(tiles.channels, image)
 
@@ -149,14 +160,14 @@ def norm_silu_quantize(
     shapes.append(jax.ShapeDtypeStruct((b * total,), jnp.int32))
   a, *rest = pl.pallas_call(
     kernel,
-    grid=(pl.cdiv(total, tiles.pixels), b),
+    grid=(b, blocks) if inside_after else (blocks, b),
     out_shape=shapes,
     compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=1),
     interpret=interpret,
     name='norm_silu_quantize',
   )(x.reshape(-1, depth), gain, shift, grid)
-  a = a.reshape(b, tall, wide, depth)
-  return a, rest[0].reshape(b, tall, wide) if sums else None
+  shape = (tall, wide, b) if inside_after else (b, tall, wide)
+  return a.reshape(*shape, depth), rest[0].reshape(shape) if sums else None
 
 
 def _reciprocal(x: Array, interpret: bool) -> Array:

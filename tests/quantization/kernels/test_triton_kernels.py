@@ -167,3 +167,24 @@ def test_norm_and_quantization_are_those_of_plain_jax(
   if not silu:
     assert difference.max() == 0
   np.testing.assert_array_equal(sums, jnp.sum(got, -1, dtype=jnp.int32))
+
+
+@pytest.mark.parametrize('inside', [(False, True), (True, False), (True, True)])
+def test_images_may_come_after_pixels(inside):
+  rng = np.random.default_rng(4)
+  b, depth = 3, 16
+  x = _floats(rng, (b, 2, 4, depth), jnp.bfloat16)
+  gain, shift = _floats(rng, (b, depth)), _floats(rng, (b, depth))
+  grid = norm.grid_numbers(30.0, 31.0, 128)
+  tiles = norm.Tiles(pixels=8, channels=16)
+
+  def run(x, inside):
+    return norm.norm_silu_quantize(
+      x, gain, shift, grid, images_inside=inside, tiles=tiles, interpret=True
+    )
+
+  want = run(x, (False, False))
+  got = run(jnp.moveaxis(x, 0, 2) if inside[0] else x, inside)
+  for g, w in zip(got, want, strict=True):
+    g = jnp.moveaxis(g, 2, 0) if inside[1] else g
+    np.testing.assert_array_equal(g, w)
