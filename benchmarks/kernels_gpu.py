@@ -7,8 +7,8 @@ Every line is one kernel, shape and configuration: milliseconds of a call (best
 of three times twenty calls in a row), TOP/s, GB/s, and the largest difference
 from what XLA computes (`off`), where numbers are about 1 in size. The most
 informative come first. A kernel that fails is a line; a kernel that hangs is
-one too, after `--patience` seconds: jobs run in a process of their own, which is
-started again behind the job that stopped it.
+one too, after `--patience` seconds: jobs run in a process of their own, which
+is started again behind the job that stopped it.
 """
 
 import argparse
@@ -64,7 +64,17 @@ def jobs(batch):
 
   def add(rank, label, shape, inputs, arguments, f, ops, size, view=None):
     out.append(
-      (rank, label, shape, inputs, arguments, f, ops, size, view or (lambda y: y))
+      (
+        rank,
+        label,
+        shape,
+        inputs,
+        arguments,
+        f,
+        ops,
+        size,
+        view or (lambda y: y),
+      )
     )
 
   def int8(key, shape):
@@ -166,10 +176,60 @@ def jobs(batch):
     first = H(64, 192, deep, 4 if deep == 128 else 7)
     for sums in ('own', 'given'):
       label = f'{sums} sums'
-      line(
-        36 + late, f'hopper {label}', f=kernel(hopper, first, sums=sums)
-      )
+      line(36 + late, f'hopper {label}', f=kernel(hopper, first, sums=sums))
       line(37 + late, f'triton {label}', f=kernel(matmul, tiles, sums=sums))
+
+  # The first of a feed-forward, with what follows it.
+  def geglu_xla(d):
+    y = matmul_xla(False, False)(d)
+    y, gate = jnp.split(y, 2, -1)
+    y = y * jax.nn.gelu(gate, approximate=False)
+    codes = affine.quantize(
+      y.astype(jnp.float32), affine.QParams(jnp.float32(0.05), 31.0, 8)
+    ).codes
+    return (codes.astype(jnp.int16) - 128).astype(jnp.int8)
+
+  def geglu_kernel(tiles):
+    def f(d):
+      numbers = norm.grid_numbers(1 / 0.05, 31.0, 128)
+      arranged = [d[f'{x}_{tiles.n}'] for x in ('k', 'scale', 'bias')]
+      return hopper.matmul_geglu_quantize(
+        d['a'], *arranged, numbers, tiles=tiles
+      )
+
+    return f
+
+  def geglu_inputs(m, depth, n):
+    d = matmul_inputs(m, depth, n)
+    for columns in (128, 192, 256):
+      if n % columns == 0:
+        for x in ('k', 'scale', 'bias'):
+          d[f'{x}_{columns}'] = hopper.geglu_layout(d[x], H(n=columns))
+    del d['residual']
+    return d
+
+  for i, (side, depth, n) in enumerate(
+    ((32, 384, 3072), (16, 576, 4608), (8, 960, 7680))
+  ):
+    m = batch * side * side
+    line = functools.partial(
+      add,
+      shape=f'geglu {m} x {depth} -> {n // 2}',
+      inputs=functools.partial(geglu_inputs, m, depth, n),
+      arguments=same,
+      ops=2 * m * depth * n,
+      size=m * depth + depth * n + m * n // 2,
+    )
+    late = 10 * i
+    line(4.6 + late, 'XLA', f=geglu_xla)
+    deep = 128 if depth % 128 == 0 else 64
+    for rank, tiles in (
+      (4.7, H(64, 192, deep, 4 if deep == 128 else 7, 32)),
+      (4.8, H(64, 256, deep, 3 if deep == 128 else 6, 64)),
+      (8.8, H(64, 128, deep, 5 if deep == 128 else 8, 64)),
+    ):
+      if n % tiles.n == 0:
+        line(rank + late, f'hopper {tiles}', f=geglu_kernel(tiles))
 
   # Convolutions.
   def conv_inputs(side, depth, n):
@@ -333,9 +393,7 @@ def jobs(batch):
     def f(d):
       y = d['x'].astype(jnp.float32) * d['gain'][:, None, None]
       y = jax.nn.silu(y + d['shift'][:, None, None]).astype(jnp.bfloat16)
-      q = affine.QParams(
-        1 / d['grid'][0], jnp.float32(grid['zero']), 8
-      )
+      q = affine.QParams(1 / d['grid'][0], jnp.float32(grid['zero']), 8)
       codes = affine.quantize(y.astype(jnp.float32), q).codes
       a = (codes.astype(jnp.int16) - grid['offset']).astype(jnp.int8)
       ends = [(0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)]
@@ -501,12 +559,12 @@ def work(first, until, batch, only, threads):
 def watch(arguments):
   """Runs workers one after another, each until it ends or hangs."""
   until = time.time() + arguments.seconds
-  first = 0
+  first, threads = 0, arguments.threads
   while time.time() < until:
     command = [sys.executable, os.path.abspath(__file__), '--worker']
     command += ['--first', str(first), '--until', str(until)]
     command += ['--batch', str(arguments.batch), '--only', arguments.only]
-    command += ['--threads', str(arguments.threads)]
+    command += ['--threads', str(threads)]
     worker = subprocess.Popen(
       command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -538,6 +596,8 @@ def watch(arguments):
       else:
         print(line, end='', flush=True)
     worker.wait()
+    if job == 'compiling':
+      threads = 0
     if ended or job is None:
       break
 

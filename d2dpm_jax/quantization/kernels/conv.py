@@ -34,7 +34,7 @@ def conv3x3_rescale(
   residual: Array | None = None,
   moments: bool = False,
   dtype: Any = jnp.bfloat16,
-  tiles: matmul.Tiles = matmul.Tiles(),
+  tiles: matmul.Tiles = matmul.TILES,
   interpret: bool = False,
 ) -> Any:
   """`(conv(a, k) + window_sums shift + correction) scale + bias + residual`.

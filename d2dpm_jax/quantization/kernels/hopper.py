@@ -14,12 +14,13 @@ windows need neither copies nor a table.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -63,6 +64,8 @@ class Tiles:
 
 
 _MULTIPROCESSORS = 132
+_TO_EVEN = lax.RoundingMethod.TO_NEAREST_EVEN
+_ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 
 
 def matmul_rescale(
@@ -116,6 +119,7 @@ def matmul_rescale(
     shift,
     row_sums,
     residual,
+    None,
     operand,
     rows_at,
     tiles_of_rows=m // height,
@@ -124,6 +128,74 @@ def matmul_rescale(
     interpret=interpret,
     name='matmul_rescale',
   )
+
+
+def matmul_geglu_quantize(
+  a: Array,
+  k: Array,
+  scale: Array,
+  bias: Array,
+  grid: Array,
+  *,
+  shift: Array | None = None,
+  row_sums: Array | None = None,
+  tiles: Tiles = Tiles(columns=32),
+  interpret: Any = None,
+) -> Array:
+  """Codes of `y gelu(gate)`, where a linear layer returns y and the gate.
+
+  Args:
+    a: int8[M, K].
+    k: int8[2 N, K], the kernel, transposed, as `geglu_layout` returns it.
+    scale: float32[2 N], arranged likewise, as all that follow.
+    bias: float32[2 N], see `add_correction`.
+    grid: float32[4] of the next layer, see `norm.grid_numbers`.
+    shift: int32[2 N], see `matmul_rescale`.
+    row_sums: int32[M], see `matmul_rescale`.
+    tiles: n columns of the layer make n / 2 of the result.
+    interpret: what `plgpu.kernel` takes.
+
+  Returns:
+    int8[M, N], codes minus the offset.
+
+  Raises:
+    ValueError: shapes do not fit each other or the tiles.
+  """
+  m, depth = a.shape
+  height = _WARPGROUPS * tiles.rows
+  if k.shape[1] != depth or m % height:
+    raise ValueError(f'{a.shape}, {k.shape} and {tiles} do not fit.')
+
+  def rows_at(ref, tile, half):
+    return ref.at[pl.ds(tile * height + half * tiles.rows, tiles.rows)]
+
+  def operand(ref, tile, half, step):
+    return rows_at(ref, tile, half).at[:, pl.ds(step * tiles.k, tiles.k)]
+
+  return _product(
+    a,
+    k,
+    scale,
+    bias,
+    shift,
+    row_sums,
+    None,
+    grid,
+    operand,
+    rows_at,
+    tiles_of_rows=m // height,
+    shape=(m, k.shape[0] // 2),
+    tiles=tiles,
+    interpret=interpret,
+    name='matmul_geglu_quantize',
+  )
+
+
+def geglu_layout(x: Array, tiles: Tiles) -> Array:
+  """[2 N, ..] with y and the gate of a tile next to each other; once."""
+  half = tiles.n // 2
+  halves = x.reshape(2, -1, half, *x.shape[1:])
+  return jnp.moveaxis(halves, 0, 1).reshape(x.shape)
 
 
 def kernel_layout(k: Array) -> Array:
@@ -206,6 +278,7 @@ def conv3x3_rescale(
     shift,
     None if window_sums is None else window_sums.reshape(m),
     None if residual is None else residual.reshape(m, n),
+    None,
     operand,
     rows_at,
     tiles_of_rows=m // (_WARPGROUPS * tiles.rows),
@@ -221,6 +294,19 @@ def _divide(x: Array, by: int) -> tuple[Array, Array]:
   """Quotient and remainder of an int32 that is not negative."""
   n = jnp.int32(by)
   return lax.div(x, n), lax.rem(x, n)
+
+
+# JAX 0.10 wants an index there, and 0.11 wants none.
+_INDEX: tuple[Any, ...] = (
+  ((),)
+  if inspect.signature(plgpu.load).parameters['idx'].default is inspect._empty
+  else ()
+)
+
+
+def _load(ref: Any, layout: Any) -> Array:
+  """An array from global memory, a number to every thread that needs it."""
+  return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
 
 
 def _swizzled(width: int, bits: int) -> tuple[Any, ...]:
@@ -240,6 +326,7 @@ def _product(
   shift: Array | None,
   sums: Array | None,
   residual: Array | None,
+  grid: Array | None,
   operand: Callable[..., Any],
   rows_at: Callable[..., Any],
   tiles_of_rows: int,
@@ -258,6 +345,7 @@ def _product(
     shift: int32[N] or None.
     sums: int32[M] or None.
     residual: bfloat16[M, N] or None.
+    grid: float32[4] or None, see `matmul_geglu_quantize`.
     operand: (reference to a, tile of rows, warpgroup, step) -> its [rows, k].
     rows_at: (reference to [M, ..], tile of rows, warpgroup) -> its [rows, ..].
     tiles_of_rows: of both warpgroups.
@@ -267,16 +355,22 @@ def _product(
     name: of the kernel.
   """
   n, depth = k.shape
-  if n % tiles.n or depth % tiles.k or tiles.n % tiles.columns:
+  if n % tiles.n or depth % tiles.k:
     raise ValueError(f'A kernel {k.shape} and {tiles} do not fit.')
   steps, tiles_of_columns = depth // tiles.k, n // tiles.n
   total_tiles = tiles_of_rows * tiles_of_columns
   blocks = min(tiles.blocks or _MULTIPROCESSORS, total_tiles)
   sum_here = shift is not None and sums is None
+  # Columns of the result in a tile; a gate is half of them.
+  written = tiles.n if grid is None else tiles.n // 2
+  if written % tiles.columns:
+    raise ValueError(f'{tiles} are no multiple of {tiles.columns} columns.')
+  dtype = jnp.bfloat16 if grid is None else jnp.int8
   optional = {
     'shift': shift,
     'sums': sums if shift is not None else None,
     'residual': residual,
+    'grid': grid,
     'ones': jnp.ones((_ONES, tiles.k), jnp.int8) if sum_here else None,
   }
   given = {key: x for key, x in optional.items() if x is not None}
@@ -393,33 +487,39 @@ def _product(
         if sum_here:
           row_sums = jnp.max(summed[0], axis=1)
         elif shift is not None:
-          row_sums = plgpu.load(
-            rows_at(more['sums'], row, warpgroup),
-            layout=plgpu.Layout.WGMMA.reduce(1),
-            optimized=False,
+          row_sums = _load(
+            rows_at(more['sums'], row, warpgroup), plgpu.Layout.WGMMA.reduce(1)
           )
         if residual is not None:
           plgpu.barrier_wait(arrived.at[warpgroup])
-        for first in range(0, tiles.n, tiles.columns):
-          part = slice(first, first + tiles.columns)
-          y = _rescaled(
-            total[:, part],
+
+        def rescaled(first):
+          here = pl.ds(column * tiles.n + first, tiles.columns)
+          return _rescaled(
+            total[:, first : first + tiles.columns],
             row_sums,
             [
-              None
-              if ref is None
-              else ref.at[pl.ds(column * tiles.n + first, tiles.columns)]
+              None if ref is None else ref.at[here]
               for ref in (more.get('shift'), scale_ref, bias_ref)
             ],
           )
+
+        for first in range(0, written, tiles.columns):
+          part = slice(first, first + tiles.columns)
+          y = rescaled(first)
           if residual is not None:
             y += staged[:, part].astype(jnp.float32)
-          staged[:, part] = y.astype(jnp.bfloat16)
+          if grid is not None:
+            y *= _gelu(rescaled(written + first))
+            numbers = more['grid']
+            y = jnp.minimum(jnp.maximum(y * numbers[0], numbers[1]), numbers[2])
+            y = lax.round(y, _TO_EVEN) + numbers[3]
+          staged[:, part] = y.astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
           staged,
           rows_at(y_ref, row, warpgroup).at[
-            :, pl.ds(column * tiles.n, tiles.n)
+            :, pl.ds(column * written, written)
           ],
         )
         return ()
@@ -436,9 +536,9 @@ def _product(
     ),
     plgpu.SMEM((tiles.stages, tiles.n, tiles.k), jnp.int8, transforms=operands),
     plgpu.SMEM(
-      (_WARPGROUPS, tiles.rows, tiles.n),
-      jnp.bfloat16,
-      transforms=_swizzled(tiles.columns, 16),
+      (_WARPGROUPS, tiles.rows, written),
+      dtype,
+      transforms=_swizzled(tiles.columns, 8 * jnp.dtype(dtype).itemsize),
     ),
     plgpu.Barrier(num_arrivals=_COPIES, num_barriers=tiles.stages),
     plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=tiles.stages),
@@ -447,14 +547,12 @@ def _product(
     scratch.append(plgpu.Barrier(num_barriers=_WARPGROUPS))
   if sum_here:
     scratch.append(
-      plgpu.SMEM(
-        (_WARPGROUPS, _ONES, tiles.k), jnp.int8, transforms=operands
-      )
+      plgpu.SMEM((_WARPGROUPS, _ONES, tiles.k), jnp.int8, transforms=operands)
     )
     scratch.append(plgpu.Barrier(num_barriers=_WARPGROUPS))
   return plgpu.kernel(
     body,
-    out_type=jax.ShapeDtypeStruct(shape, jnp.bfloat16),
+    out_type=jax.ShapeDtypeStruct(shape, dtype),
     scratch_types=scratch,
     grid=(blocks,),
     grid_names=('block',),
@@ -468,13 +566,28 @@ def _product(
   )(a, k, scale, bias, *given.values())
 
 
+def _gelu(x: Array) -> Array:
+  """x times the normal distribution function, to about 1e-7.
+
+  Source: Abramowitz and Stegun, 7.1.26.
+  """
+  z = jnp.abs(x) * np.float32(0.5**0.5)
+  t = 1.0 / (1.0 + np.float32(0.3275911) * z)
+  tail = jnp.exp2(z * z * np.float32(-np.log2(np.e)))
+  series = jnp.zeros_like(x)
+  for factor in _ERF[::-1]:
+    series = (series + np.float32(factor)) * t
+  half = 0.5 * series * tail
+  return x * jnp.where(x < 0, half, 1.0 - half)
+
+
 def _rescaled(total: Array, row_sums: Array | None, refs: list[Any]) -> Array:
   """float32[rows, columns]: sums of integers, corrected, scaled, with bias."""
   shift, scale, bias = (
     None
     if ref is None
     else lax.broadcast_in_dim(
-      plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False),
+      _load(ref, plgpu.Layout.WGMMA.reduce(0)),
       total.shape,
       (1,),
     )

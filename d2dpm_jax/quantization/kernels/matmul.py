@@ -37,6 +37,9 @@ class Tiles:
   stages: int = 4
 
 
+TILES = Tiles()
+
+
 def matmul_rescale(
   a: Array,
   k: Array,
@@ -48,7 +51,7 @@ def matmul_rescale(
   correction: Array | None = None,
   residual: Array | None = None,
   dtype: Any = jnp.bfloat16,
-  tiles: Tiles = Tiles(),
+  tiles: Tiles = TILES,
   interpret: bool = False,
 ) -> Array:
   """`(a k' + row_sums shift + correction) scale + bias + residual`.

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from d2dpm_jax.quantization.kernels import conv, epilogue, hopper
+from d2dpm_jax.quantization import affine
+from d2dpm_jax.quantization.kernels import conv, epilogue, hopper, norm
 
 
 def _int8(rng, shape):
@@ -109,3 +110,36 @@ def test_a_convolution_is_that_of_plain_jax(images, names):
   )
   assert got.shape == want.shape
   _equal(got, want)
+
+
+@pytest.mark.parametrize('with_sums', [False, True])
+def test_a_gated_layer_returns_codes(with_sums):
+  rng = np.random.default_rng(2)
+  m, depth, n = 128, 128, 128
+  a, k = _int8(rng, (m, depth)), _int8(rng, (2 * n, depth))
+  scale, bias = 2e-5 * _floats(rng, 2 * n), _floats(rng, 2 * n)
+  shift = jnp.asarray(rng.integers(-3, 4, 2 * n), jnp.int32)
+  shift = shift if with_sums else None
+  step, zero, offset = np.float32(2.0**-6), 60.0, 128
+  tiles = hopper.Tiles(rows=64, n=128, k=64, stages=2, columns=32, blocks=2)
+  got = hopper.matmul_geglu_quantize(
+    a,
+    *(hopper.geglu_layout(x, tiles) for x in (k, scale, bias)),
+    norm.grid_numbers(1 / step, zero, offset),
+    shift=None if shift is None else hopper.geglu_layout(shift, tiles),
+    tiles=tiles,
+    interpret=_params(),
+  )
+  y = epilogue.rescale(
+    a.astype(jnp.int32) @ k.T.astype(jnp.int32),
+    scale,
+    bias,
+    sums=jnp.sum(a, 1, keepdims=True, dtype=jnp.int32),
+    shift=shift,
+  )
+  y, gate = jnp.split(y, 2, -1)
+  y *= jax.nn.gelu(gate, approximate=False)
+  codes = affine.quantize(y, affine.QParams(step, np.float32(zero), 8)).codes
+  assert np.ptp(np.asarray(codes)) > 100
+  difference = np.abs(got.astype(jnp.int32) - (codes.astype(jnp.int32) - 128))
+  assert difference.max() <= 1 and np.mean(difference) < 1e-3
