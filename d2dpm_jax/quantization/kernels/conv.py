@@ -72,9 +72,12 @@ def conv3x3_rescale(
     or (per_image % tiles.m and tiles.m % per_image)
   ):
     raise ValueError(f'{a.shape}, {k.shape} and {tiles} do not fit.')
+  sums = jnp.zeros(()) if window_sums is None else window_sums
+  if shift is not None and sums.shape != (b, height, width):
+    raise ValueError('A shift needs sums over windows.')
   optional = {
     'shift': shift,
-    'sums': None if shift is None else window_sums.reshape(-1),
+    'sums': None if shift is None else sums.reshape(-1),
     'correction': correction,
     'residual': None if residual is None else residual.reshape(pixels, n),
   }
@@ -179,5 +182,9 @@ def conv3x3_rescale(
 def window_sums(sums: Array) -> Array:
   """int32[B, H, W], sums over 3x3 windows of int32[B, H + 2, W + 2]."""
   height, width = sums.shape[1] - 2, sums.shape[2] - 2
-  lines = sum(sums[:, i : i + height] for i in range(_SIDE))
-  return sum(lines[:, :, i : i + width] for i in range(_SIDE))
+  lines, total = jnp.int32(0), jnp.int32(0)
+  for i in range(_SIDE):
+    lines += sums[:, i : i + height]
+  for i in range(_SIDE):
+    total += lines[:, :, i : i + width]
+  return total

@@ -528,7 +528,7 @@ def _product(
       plgpu.wait_smem_to_gmem(0)
 
   operands = _swizzled(tiles.k, 8)
-  scratch = [
+  scratch: list[Any] = [
     plgpu.SMEM(
       (tiles.stages, _WARPGROUPS, tiles.rows, tiles.k),
       jnp.int8,
@@ -583,16 +583,13 @@ def _gelu(x: Array) -> Array:
 
 def _rescaled(total: Array, row_sums: Array | None, refs: list[Any]) -> Array:
   """float32[rows, columns]: sums of integers, corrected, scaled, with bias."""
-  shift, scale, bias = (
-    None
-    if ref is None
-    else lax.broadcast_in_dim(
-      _load(ref, plgpu.Layout.WGMMA.reduce(0)),
-      total.shape,
-      (1,),
-    )
-    for ref in refs
-  )
-  if shift is not None:
-    total += lax.broadcast_in_dim(row_sums, total.shape, (0,)) * shift
-  return total.astype(jnp.float32) * scale + bias
+
+  def columns(ref):
+    values = _load(ref, plgpu.Layout.WGMMA.reduce(0))
+    return lax.broadcast_in_dim(values, total.shape, (1,))
+
+  shift, scale, bias = refs
+  if row_sums is not None:
+    rows = lax.broadcast_in_dim(row_sums, total.shape, (0,))
+    total += rows * columns(shift)
+  return total.astype(jnp.float32) * columns(scale) + columns(bias)
