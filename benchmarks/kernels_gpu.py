@@ -457,6 +457,65 @@ def jobs(batch):
         f=norm_kernel(tiles, sums, inside),
         view=first_of(inside),
       )
+
+  # Layer norm, quantization.
+  def layer_norm_inputs(m, depth):
+    keys = jax.random.split(jax.random.key(3), 3)
+    return {
+      'x': jax.random.normal(keys[0], (m, depth), jnp.bfloat16),
+      'gain': jax.random.uniform(keys[1], (depth,), jnp.float32, 0.5, 2),
+      'shift': jax.random.normal(keys[2], (depth,), jnp.float32),
+      'grid': norm.grid_numbers(1 / 0.05, 120.0, 128),
+    }
+
+  def layer_norm_xla(d):
+    x = d['x'].astype(jnp.float32)
+    x -= jnp.mean(x, 1, keepdims=True)
+    x *= jax.lax.rsqrt(jnp.mean(x * x, 1, keepdims=True) + 1e-5)
+    y = (x * d['gain'] + d['shift']).astype(jnp.bfloat16).astype(jnp.float32)
+    q = affine.QParams(1 / d['grid'][0], jnp.float32(120), 8)
+    codes = affine.quantize(y, q).codes
+    return (codes.astype(jnp.int16) - 128).astype(jnp.int8)
+
+  def layer_norm_kernel(rows, warps, sums):
+    def f(d):
+      return norm.layer_norm_quantize(
+        d['x'],
+        d['gain'],
+        d['shift'],
+        d['grid'],
+        rows=rows,
+        warps=warps,
+        sums=sums,
+      )
+
+    return f
+
+  for i, (side, depth) in enumerate(_NORMS[1:]):
+    m = batch * side * side
+    line = functools.partial(
+      add,
+      shape=f'layer norm {m} x {depth}',
+      inputs=functools.partial(layer_norm_inputs, m, depth),
+      arguments=same,
+      ops=0,
+      size=3 * m * depth,
+    )
+    late = 10 * i
+    line(4.85 + late, 'XLA', f=layer_norm_xla)
+    for rank, rows, warps, sums in (
+      (4.9, 4, 4, True),
+      (4.95, 8, 4, True),
+      (13, 2, 4, True),
+      (14, 4, 4, False),
+      (15, 4, 2, True),
+    ):
+      line(
+        rank + late,
+        f'triton rows {rows} warps {warps}{" sums" * sums}',
+        f=layer_norm_kernel(rows, warps, sums),
+        view=lambda y: y[0],
+      )
   # A shape at a time within three rounds, so that inputs are made once each.
   rounds = lambda rank: sum(rank >= x for x in (5, 20, 45))  # noqa: E731
   out.sort(key=lambda job: job[0])
@@ -494,7 +553,7 @@ def work(first, until, batch, only, threads):
   held, xla = None, {}
 
   def has_sums(job):
-    return 'sums' in job[1] and not job[2].startswith('norm')
+    return 'sums' in job[1] and 'norm' not in job[2]
 
   def reference(job):
     """What XLA computes, to compare with."""

@@ -139,8 +139,7 @@ def norm_silu_quantize(
       y += plgpu.load(shift_ref.at[here, channels])[None]
       if silu:
         y *= _reciprocal(1.0 + jnp.exp2(y * -_LOG2E), interpret)
-      y = jnp.minimum(jnp.maximum(y * inverse, low), high) + _ROUND
-      codes = jax.lax.bitcast_convert_type(y, jnp.int32) - _ROUND_BITS
+      codes = _rounded(y * inverse, low, high)
       codes = jnp.where(interior, codes + border, border)
       plgpu.store(
         a_ref.at[targets[:, None], channels[None]],
@@ -168,6 +167,90 @@ def norm_silu_quantize(
   )(x.reshape(-1, depth), gain, shift, grid)
   shape = (tall, wide, b) if inside_after else (b, tall, wide)
   return a.reshape(*shape, depth), rest[0].reshape(shape) if sums else None
+
+
+def layer_norm_quantize(
+  x: Array,
+  gain: Array,
+  shift: Array,
+  grid: Array,
+  *,
+  epsilon: float = 1e-5,
+  sums: bool = True,
+  rows: int = 4,
+  warps: int = 4,
+  interpret: bool = False,
+) -> tuple[Array, Array | None]:
+  """Quantizes the layer norm of rows.
+
+  Args:
+    x: bfloat16 or float32[M, C].
+    gain: float32[C], the norm's scale.
+    shift: float32[C], the norm's bias.
+    grid: float32[4], see `grid_numbers`.
+    epsilon: of the norm.
+    sums: also return sums over channels.
+    rows: of a tile, a power of two that divides M.
+    warps: of 32 threads per tile.
+    interpret: run on any device, slowly.
+
+  Returns:
+    int8[M, C], codes minus the offset, and int32[M], their sums, or None.
+
+  Raises:
+    ValueError: the rows do not divide into tiles.
+  """
+  m, depth = x.shape
+  if m % rows:
+    raise ValueError(f'{m} rows do not divide into tiles of {rows}.')
+  padded = pl.next_power_of_2(depth)
+  whole = padded == depth
+
+  def kernel(x_ref, gain_ref, shift_ref, grid_ref, a_ref, *sum_refs):
+    line = pl.program_id(0) * rows + jnp.arange(rows)
+    channels = jnp.arange(padded)
+    exists = channels < depth
+    square = (line[:, None], channels[None])
+    inside = jnp.broadcast_to(exists[None], (rows, padded))
+
+    def load(ref, index, mask):
+      if whole:
+        return plgpu.load(ref.at[index]).astype(jnp.float32)
+      return plgpu.load(ref.at[index], mask=mask, other=0.0).astype(jnp.float32)
+
+    values = load(x_ref, square, inside)
+    mean = jnp.sum(values, 1, keepdims=True) * (1 / depth)
+    centred = jnp.where(inside, values - mean, 0.0)
+    variance = jnp.sum(centred * centred, 1, keepdims=True) * (1 / depth)
+    y = centred * jax.lax.rsqrt(variance + epsilon)
+    y = y * load(gain_ref, channels, exists)[None]
+    y += load(shift_ref, channels, exists)[None]
+    codes = _rounded(y * grid_ref[0], grid_ref[1], grid_ref[2])
+    codes += grid_ref[3].astype(jnp.int32)
+    plgpu.store(
+      a_ref.at[square], codes.astype(jnp.int8), mask=None if whole else inside
+    )
+    for ref in sum_refs:
+      plgpu.store(ref.at[line], jnp.sum(jnp.where(inside, codes, 0), 1))
+
+  shapes: list[Any] = [jax.ShapeDtypeStruct((m, depth), jnp.int8)]
+  if sums:
+    shapes.append(jax.ShapeDtypeStruct((m,), jnp.int32))
+  a, *rest = pl.pallas_call(
+    kernel,
+    grid=(m // rows,),
+    out_shape=shapes,
+    compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
+    interpret=interpret,
+    name='layer_norm_quantize',
+  )(x, gain, shift, grid)
+  return a, rest[0] if sums else None
+
+
+def _rounded(y: Array, low: Array, high: Array) -> Array:
+  """int32, clipped and then rounded half to even."""
+  y = jnp.minimum(jnp.maximum(y, low), high) + _ROUND
+  return jax.lax.bitcast_convert_type(y, jnp.int32) - _ROUND_BITS
 
 
 def _reciprocal(x: Array, interpret: bool) -> Array:

@@ -117,3 +117,14 @@ def test_norms(side, channels):
     _S((_BATCH, channels), jnp.float32),
     _S((4,), jnp.float32),
   )
+
+
+@pytest.mark.parametrize('side, channels', _LEVELS[1:])
+def test_layer_norms(side, channels):
+  _lower(
+    norm.layer_norm_quantize,
+    _S((_BATCH * side**2, channels), jnp.bfloat16),
+    _S((channels,), jnp.float32),
+    _S((channels,), jnp.float32),
+    _S((4,), jnp.float32),
+  )

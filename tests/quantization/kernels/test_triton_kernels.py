@@ -37,11 +37,15 @@ def _extras(rng, n, m, names):
   return {name: every[name] for name in names}
 
 
-_NAMES = [(), ('shift',), ('correction', 'residual'), ('shift', 'residual')]
-
-
-@pytest.mark.parametrize('names', _NAMES)
-@pytest.mark.parametrize('columns', [128, 96])
+@pytest.mark.parametrize(
+  'names, columns',
+  [
+    ((), 128),
+    (('shift',), 96),
+    (('correction', 'residual'), 96),
+    (('shift', 'residual'), 128),
+  ],
+)
 def test_a_linear_layer_is_that_of_plain_jax(names, columns):
   rng = np.random.default_rng(0)
   m, depth = 128, 64
@@ -81,8 +85,14 @@ def test_sums_of_a_linear_layer_are_exact():
   )
 
 
-@pytest.mark.parametrize('names', _NAMES)
-@pytest.mark.parametrize('side, per_image', [(8, False), (4, True), (8, True)])
+@pytest.mark.parametrize(
+  'names, side, per_image',
+  [
+    ((), 8, False),
+    (('shift', 'residual'), 8, True),
+    (('shift', 'correction', 'residual'), 4, True),
+  ],
+)
 def test_a_convolution_is_that_of_plain_jax(names, side, per_image):
   rng = np.random.default_rng(2)
   b, depth, n = 4, 32, 48
@@ -132,8 +142,9 @@ def test_a_convolution_is_that_of_plain_jax(names, side, per_image):
 
 
 @pytest.mark.parametrize('silu', [True, False])
-@pytest.mark.parametrize('bits, zero', [(8, 31.0), (8, 200.0), (4, 3.0)])
-@pytest.mark.parametrize('padding', [0, 1])
+@pytest.mark.parametrize(
+  'bits, zero, padding', [(8, 31.0, 1), (8, 200.0, 0), (4, 3.0, 1)]
+)
 def test_norm_and_quantization_are_those_of_plain_jax(
   silu, bits, zero, padding
 ):
@@ -188,3 +199,22 @@ def test_images_may_come_after_pixels(inside):
   for g, w in zip(got, want, strict=True):
     g = jnp.moveaxis(g, 2, 0) if inside[1] else g
     np.testing.assert_array_equal(g, w)
+
+
+@pytest.mark.parametrize('depth', [48, 64])
+def test_layer_norm_and_quantization_are_those_of_plain_jax(depth):
+  rng = np.random.default_rng(5)
+  x = 3 + _floats(rng, (16, depth), jnp.bfloat16)
+  gain, shift = _floats(rng, depth), _floats(rng, depth)
+  step = np.float32(2.0**-5)
+  got, sums = norm.layer_norm_quantize(
+    x, gain, shift, norm.grid_numbers(1 / step, 120.0, 128), interpret=True
+  )
+  y = x.astype(jnp.float32)
+  y -= y.mean(1, keepdims=True)
+  y *= jax.lax.rsqrt(jnp.mean(y * y, 1, keepdims=True) + 1e-5)
+  grid = affine.QParams(step, np.float32(120), 8)
+  want = affine.quantize(y * gain + shift, grid).codes.astype(jnp.int32) - 128
+  difference = np.abs(got.astype(jnp.int32) - want)
+  assert difference.max() <= 1 and np.mean(difference != 0) < 5e-3
+  np.testing.assert_array_equal(sums, jnp.sum(got, 1, dtype=jnp.int32))
