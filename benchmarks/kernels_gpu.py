@@ -643,6 +643,7 @@ def watch(arguments):
       except queue.Empty:
         print(f'HANGS after {patience} s: {job}', flush=True)
         worker.kill()
+        time.sleep(2)  # Until its memory is free.
         break
       if line is None:
         ended = worker.wait() == 0

@@ -31,7 +31,7 @@ def _deepest(channels):
   return 128 if channels % 128 == 0 else 64
 
 
-@pytest.mark.parametrize('side, channels', _LEVELS)
+@pytest.mark.parametrize('side, channels', _LEVELS[1:3])
 @pytest.mark.parametrize('module', [matmul, hopper])
 def test_linear_layers(module, side, channels):
   m = _BATCH * side**2
@@ -53,7 +53,7 @@ def test_linear_layers(module, side, channels):
   )
 
 
-@pytest.mark.parametrize('side, channels', _LEVELS[1:])
+@pytest.mark.parametrize('side, channels', [_LEVELS[1], _LEVELS[-1]])
 def test_gated_layers(side, channels):
   m, n = _BATCH * side**2, 8 * channels
   deep = _deepest(channels)
@@ -90,7 +90,7 @@ def test_convolutions(side, channels):
   )
 
 
-@pytest.mark.parametrize('side, channels', _LEVELS)
+@pytest.mark.parametrize('side, channels', [_LEVELS[0], _LEVELS[-1]])
 def test_convolutions_of_hopper(side, channels):
   tiles = hopper.Tiles(rows=64, n=192, k=64, stages=7)
 
