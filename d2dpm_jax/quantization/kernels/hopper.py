@@ -6,9 +6,9 @@ for many tiles, so that the operands of the next tile are on their way while
 one is written. Residuals are copied to where the result will be staged, during
 the products.
 
-Convolutions take images as [H, W, B, C]. The rows of a tile are images at one
-pixel then, so that a tile of any position of the kernel is an aligned box, and
-windows need neither copies nor a table.
+Where the rows of a tile lie, the caller says (`products`): in a matrix, or for
+a convolution in lines of pixels, which move from one position of its kernel to
+the next.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,33 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 Array = jax.Array
 
-_SIDE = 3  # Of the kernel of a convolution.
-_WARPGROUPS = 2  # That multiply.
-_COPIES = _WARPGROUPS + 1  # Per step: rows for both of them, and columns.
+
+class Rows(NamedTuple):
+  """Where tiles of rows lie, in parts of equal length that are copied at once.
+
+  Attributes:
+    total: number of rows.
+    parts: of the rows of a warpgroup.
+    operand: (reference to `a`, first row of a warpgroup's tile, step) ->
+      references to its parts, [.., k] each.
+    outcome: (reference to the residual or the result, first row, columns) ->
+      references to its parts, [.., columns] each.
+    shape: of the result without its columns, and of the residual.
+  """
+
+  total: int
+  parts: int
+  operand: Callable[[Any, Any, Any], list[Any]]
+  outcome: Callable[[Any, Any, Any], list[Any]]
+  shape: tuple[int, ...]
+
+
+WARPGROUPS = 2  # That multiply.
 _ONES = 8  # Columns of ones that sum up rows; the least that WGMMA takes.
 _REGISTERS = (40, 232)  # Of a thread that copies, and one that multiplies.
+_MULTIPROCESSORS = 132
+_TO_EVEN = lax.RoundingMethod.TO_NEAREST_EVEN
+_ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +67,7 @@ class Tiles:
     stages: tiles of operands that shared memory has room for.
     columns: rescaled at a time; 32 or 64.
     band: tiles of columns that are visited before the next rows.
-    blocks: that run at a time; 0 is one per multiprocessor of an H100.
+    blocks: that run at a time.
   """
 
   rows: int = 64
@@ -54,244 +76,370 @@ class Tiles:
   stages: int = 4
   columns: int = 64
   band: int = 1
-  blocks: int = 0
+  blocks: int = _MULTIPROCESSORS
 
-  def shared_bytes(self, sums: bool = False) -> int:
-    """Shared memory of a block, without barriers."""
-    depth = self.stages * (_WARPGROUPS * self.rows + self.n) * self.k
-    ones = _WARPGROUPS * _ONES * self.k if sums else 0
-    return depth + ones + _WARPGROUPS * self.rows * self.n * 2
-
-
-_MULTIPROCESSORS = 132
-_TO_EVEN = lax.RoundingMethod.TO_NEAREST_EVEN
-_ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
+  @property
+  def height(self) -> int:
+    """Rows of a block."""
+    return WARPGROUPS * self.rows
 
 
-def matmul_rescale(
-  a: Array,
-  k: Array,
-  scale: Array,
-  bias: Array,
-  *,
-  shift: Array | None = None,
-  row_sums: Array | None = None,
-  residual: Array | None = None,
-  tiles: Tiles = Tiles(),
-  interpret: Any = None,
-) -> Array:
-  """`(a k' + row_sums shift) scale + bias + residual`.
+class Epilogue(NamedTuple):
+  """What becomes of sums of products. All but `scale` may be None.
 
-  Args:
-    a: int8[M, K].
-    k: int8[N, K], the kernel, transposed.
+  Attributes:
     scale: float32[N].
-    bias: float32[N], see `add_correction`.
-    shift: int32[N], B of `integer`; None is 0.
-    row_sums: int32[M], sums of `a` over K. With a shift and without them, the
-      kernel sums up itself.
-    residual: bfloat16[M, N].
+    bias: float[N].
+    shift: int32[N], times the sum of the row of `a`; see B of `integer`.
+    correction: int32[N], added to the sums.
+    residual: bfloat16[M, N], added in the end.
+    grid: float32[4], see `norm.grid_numbers`. With it the first half of the
+      columns is multiplied with GELU of the second, and quantized.
+  """
+
+  scale: Array
+  bias: Array | None = None
+  shift: Array | None = None
+  correction: Array | None = None
+  residual: Array | None = None
+  grid: Array | None = None
+
+
+def product(
+  a: Array,
+  k: Array,
+  epilogue: Epilogue,
+  rows: Rows,
+  tiles: Tiles,
+  *,
+  name: str,
+  interpret: Any = None,
+) -> Array:
+  """`((a k' + sum(a) shift + correction) scale + bias) + residual`.
+
+  Args:
+    a: int8, as `rows` knows it.
+    k: int8[N, K].
+    epilogue: see there; M rows are `rows.shape`.
+    rows: see there.
     tiles: see there.
+    name: of the kernel.
     interpret: what `plgpu.kernel` takes.
 
   Returns:
-    bfloat16[M, N].
+    bfloat16[*rows.shape, N]; with a grid int8[*rows.shape, N / 2], codes minus
+    their offset.
 
   Raises:
-    ValueError: shapes do not fit each other or the tiles.
+    ValueError: shapes do not fit the tiles.
   """
-  m, depth = a.shape
-  height = _WARPGROUPS * tiles.rows
-  if k.shape[1] != depth or m % height:
-    raise ValueError(f'{a.shape}, {k.shape} and {tiles} do not fit.')
+  n, depth = k.shape
+  if n % tiles.n or depth % tiles.k or rows.total % tiles.height:
+    raise ValueError(
+      f'{rows.total} rows, a kernel {k.shape} and {tiles} do not fit.'
+    )
+  given = {
+    key: x for key, x in epilogue._asdict().items() if x is not None
+  }
+  if 'shift' in given:
+    given['ones'] = jnp.ones((_ONES, tiles.k), jnp.int8)
+  plan = _Plan(tiles, rows, n, depth, frozenset(given))
+  scratch = plan.scratch()
+  names = ('a', 'k', *given, 'y', *scratch)
 
-  def rows_at(ref, tile, half):
-    return ref.at[pl.ds(tile * height + half * tiles.rows, tiles.rows)]
+  def body(*refs):
+    tile = _Block(plan, dict(zip(names, refs, strict=True)))
+    warpgroup = lax.axis_index('warpgroup')
 
-  def operand(ref, tile, half, step):
-    return rows_at(ref, tile, half).at[:, pl.ds(step * tiles.k, tiles.k)]
+    @pl.when(warpgroup == WARPGROUPS)
+    def _():
+      plgpu.set_max_registers(_REGISTERS[0], action='decrease')
+      tile.copy_operands()
 
-  return _product(
-    a,
-    k,
-    scale,
-    bias,
-    shift,
-    row_sums,
-    residual,
-    None,
-    operand,
-    rows_at,
-    tiles_of_rows=m // height,
-    shape=(m, k.shape[0]),
-    tiles=tiles,
+    @pl.when(warpgroup < WARPGROUPS)
+    def _():
+      plgpu.set_max_registers(_REGISTERS[1], action='increase')
+      tile.multiply(warpgroup)
+
+  return plgpu.kernel(
+    body,
+    out_type=jax.ShapeDtypeStruct((*rows.shape, plan.columns), plan.dtype),
+    scratch_types=list(scratch.values()),
+    grid=(plan.blocks,),
+    grid_names=('block',),
+    num_threads=WARPGROUPS + 1,
+    thread_name='warpgroup',
+    compiler_params=plgpu.CompilerParams(
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+    ),
     interpret=interpret,
-    name='matmul_rescale',
-  )
+    kernel_name=name,
+  )(a, k, *given.values())
 
 
-def matmul_geglu_quantize(
-  a: Array,
-  k: Array,
-  scale: Array,
-  bias: Array,
-  grid: Array,
-  *,
-  shift: Array | None = None,
-  row_sums: Array | None = None,
-  tiles: Tiles = Tiles(columns=32),
-  interpret: Any = None,
-) -> Array:
-  """Codes of `y gelu(gate)`, where a linear layer returns y and the gate.
+class _Plan(NamedTuple):
+  """Sizes that follow from shapes."""
 
-  Args:
-    a: int8[M, K].
-    k: int8[2 N, K], the kernel, transposed, as `geglu_layout` returns it.
-    scale: float32[2 N], arranged likewise, as all that follow.
-    bias: float32[2 N], see `add_correction`.
-    grid: float32[4] of the next layer, see `norm.grid_numbers`.
-    shift: int32[2 N], see `matmul_rescale`.
-    row_sums: int32[M], see `matmul_rescale`.
-    tiles: n columns of the layer make n / 2 of the result.
-    interpret: what `plgpu.kernel` takes.
+  tiles: Tiles
+  rows: Rows
+  n: int
+  depth: int
+  given: frozenset[str]
 
-  Returns:
-    int8[M, N], codes minus the offset.
+  @property
+  def gated(self) -> bool:
+    return 'grid' in self.given
 
-  Raises:
-    ValueError: shapes do not fit each other or the tiles.
-  """
-  m, depth = a.shape
-  height = _WARPGROUPS * tiles.rows
-  if k.shape[1] != depth or m % height:
-    raise ValueError(f'{a.shape}, {k.shape} and {tiles} do not fit.')
+  @property
+  def dtype(self) -> Any:
+    return jnp.int8 if self.gated else jnp.bfloat16
 
-  def rows_at(ref, tile, half):
-    return ref.at[pl.ds(tile * height + half * tiles.rows, tiles.rows)]
+  @property
+  def columns(self) -> int:
+    """Of the result."""
+    return self.n // 2 if self.gated else self.n
 
-  def operand(ref, tile, half, step):
-    return rows_at(ref, tile, half).at[:, pl.ds(step * tiles.k, tiles.k)]
+  @property
+  def written(self) -> int:
+    """Columns of the result in a tile."""
+    return self.tiles.n // 2 if self.gated else self.tiles.n
 
-  return _product(
-    a,
-    k,
-    scale,
-    bias,
-    shift,
-    row_sums,
-    None,
-    grid,
-    operand,
-    rows_at,
-    tiles_of_rows=m // height,
-    shape=(m, k.shape[0] // 2),
-    tiles=tiles,
-    interpret=interpret,
-    name='matmul_geglu_quantize',
-  )
+  @property
+  def grid(self) -> tuple[int, int]:
+    """Tiles of rows and of columns."""
+    return self.rows.total // self.tiles.height, self.n // self.tiles.n
 
+  @property
+  def blocks(self) -> int:
+    return min(self.tiles.blocks, self.grid[0] * self.grid[1])
 
-def geglu_layout(x: Array, tiles: Tiles) -> Array:
-  """[2 N, ..] with y and the gate of a tile next to each other; once."""
-  half = tiles.n // 2
-  halves = x.reshape(2, -1, half, *x.shape[1:])
-  return jnp.moveaxis(halves, 0, 1).reshape(x.shape)
+  @property
+  def steps(self) -> int:
+    return self.depth // self.tiles.k
 
-
-def kernel_layout(k: Array) -> Array:
-  """int8[O, 9 I] of a kernel int8[3, 3, I, O]; once per kernel."""
-  return jnp.moveaxis(k, -1, 0).reshape(k.shape[-1], -1)
-
-
-def add_correction(bias: Array, scale: Array, correction: Array) -> Array:
-  """A bias with a number per channel that is added to the sums of integers."""
-  return bias + correction.astype(jnp.float32) * scale
-
-
-def conv3x3_rescale(
-  a: Array,
-  k: Array,
-  scale: Array,
-  bias: Array,
-  *,
-  shift: Array | None = None,
-  window_sums: Array | None = None,
-  residual: Array | None = None,
-  tiles: Tiles = Tiles(),
-  interpret: Any = None,
-) -> Array:
-  """`(conv(a, k) + window_sums shift) scale + bias + residual`.
-
-  Args:
-    a: int8[H + 2, W + 2, B, I], padded already.
-    k: int8[O, 9 I], see `kernel_layout`.
-    scale: float32[O].
-    bias: float32[O], see `add_correction`.
-    shift: int32[O], B of `integer`; None is 0.
-    window_sums: int32[H, W, B], sums of `a` over a window and all channels.
-      With a shift and without them, the kernel sums up itself.
-    residual: bfloat16[H, W, B, O].
-    tiles: both warpgroups have images of one pixel, or if `rows` is B, of two
-      pixels next to each other. k divides I.
-    interpret: what `plgpu.kernel` takes.
-
-  Returns:
-    bfloat16[H, W, B, O].
-
-  Raises:
-    ValueError: shapes do not fit each other or the tiles.
-  """
-  height, width, b, depth = a.shape
-  height, width = height - 2, width - 2
-  n = k.shape[0]
-  line, chunks = width + 2, depth // tiles.k
-  halves = b // tiles.rows  # Warpgroups that a pixel takes.
-  if (
-    k.shape[1] != _SIDE**2 * depth
-    or depth % tiles.k
-    or b % tiles.rows
-    or (height * width * halves) % _WARPGROUPS
-  ):
-    raise ValueError(f'{a.shape}, {k.shape} and {tiles} do not fit.')
-
-  def rows_at(ref, tile, half):
-    first = (tile * _WARPGROUPS + half) * tiles.rows
-    return ref.at[pl.ds(first, tiles.rows)]
-
-  def operand(ref, tile, half, step):
-    pixel, part = _divide(tile * _WARPGROUPS + half, halves)
-    y, x = _divide(pixel, width)
-    tap, chunk = _divide(step, chunks)
-    down, right = _divide(tap, _SIDE)
-    return ref.at[
-      (y + down) * line + x + right,
-      pl.ds(part * tiles.rows, tiles.rows),
-      pl.ds(chunk * tiles.k, tiles.k),
+  def parts_of(self, ref: Any) -> list[Any]:
+    """Rows of one warpgroup's tile in shared memory, as they are copied."""
+    if self.rows.parts == 1:
+      return [ref]
+    part = self.tiles.rows // self.rows.parts
+    return [
+      ref.at[pl.ds(j * part, part)] for j in range(self.rows.parts)
     ]
 
-  m = height * width * b
-  y = _product(
-    a.reshape(-1, b, depth),
-    k,
-    scale,
-    bias,
-    shift,
-    None if window_sums is None else window_sums.reshape(m),
-    None if residual is None else residual.reshape(m, n),
-    None,
-    operand,
-    rows_at,
-    tiles_of_rows=m // (_WARPGROUPS * tiles.rows),
-    shape=(m, n),
-    tiles=tiles,
-    interpret=interpret,
-    name='conv3x3_rescale',
-  )
-  return y.reshape(height, width, b, n)
+  def scratch(self) -> dict[str, Any]:
+    """Shared memory and barriers."""
+    t = self.tiles
+    operands = _swizzled(t.k, 8)
+    copies = WARPGROUPS * self.rows.parts + (2 if self.gated else 1)
+    result = {
+      'a_tiles': plgpu.SMEM(
+        (t.stages, WARPGROUPS, t.rows, t.k), jnp.int8, transforms=operands
+      ),
+      'k_tiles': plgpu.SMEM(
+        (t.stages, t.n, t.k), jnp.int8, transforms=operands
+      ),
+      'staged': plgpu.SMEM(
+        (WARPGROUPS, t.rows, self.written),
+        self.dtype,
+        transforms=_swizzled(t.columns, 8 * jnp.dtype(self.dtype).itemsize),
+      ),
+      'full': plgpu.Barrier(num_arrivals=copies, num_barriers=t.stages),
+      'empty': plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=t.stages),
+    }
+    if 'residual' in self.given:
+      result['arrived'] = plgpu.Barrier(
+        num_arrivals=self.rows.parts, num_barriers=WARPGROUPS
+      )
+    if 'ones' in self.given:
+      result['ones_tiles'] = plgpu.SMEM(
+        (WARPGROUPS, _ONES, t.k), jnp.int8, transforms=operands
+      )
+      result['ones_there'] = plgpu.Barrier(num_barriers=WARPGROUPS)
+    return result
 
 
-def _divide(x: Array, by: int) -> tuple[Array, Array]:
-  """Quotient and remainder of an int32 that is not negative."""
+class _Block:
+  """What the warpgroups of one block do."""
+
+  def __init__(self, plan: _Plan, refs: dict[str, Any]):
+    self._plan = plan
+    self._refs = refs
+    self._block = lax.axis_index('block')
+    total = plan.grid[0] * plan.grid[1]
+    self._count = lax.div(
+      jnp.int32(total + plan.blocks - 1) - self._block, jnp.int32(plan.blocks)
+    )
+
+  def _place(self, i: Array) -> tuple[Array, Array]:
+    """Tile of rows and tile of columns of the i-th tile of this block."""
+    return plgpu.planar_snake(
+      self._block + i * self._plan.blocks,
+      self._plan.grid,
+      1,
+      self._plan.tiles.band,
+    )
+
+  def _slot(self, i: Array) -> Array:
+    return lax.rem(i, jnp.int32(self._plan.tiles.stages))
+
+  def copy_operands(self) -> None:
+    """Of all tiles of the block, as soon as there is room."""
+    plan, refs, t = self._plan, self._refs, self._plan.tiles
+
+    def copy(i, _):
+      slot = self._slot(i)
+      tile, step = divide(i, plan.steps)
+      row, column = self._place(tile)
+
+      @pl.when(i >= t.stages)
+      def _():
+        plgpu.barrier_wait(refs['empty'].at[slot])
+
+      for half in range(WARPGROUPS):
+        first = row * t.height + half * t.rows
+        sources = plan.rows.operand(refs['a'], first, step)
+        targets = plan.parts_of(refs['a_tiles'].at[slot, half])
+        for source, target in zip(sources, targets, strict=True):
+          plgpu.copy_gmem_to_smem(source, target, refs['full'].at[slot])
+      here = pl.ds(step * t.k, t.k)
+      for j in range(2 if plan.gated else 1):
+        target = refs['k_tiles'].at[slot]
+        if plan.gated:
+          target = target.at[pl.ds(j * plan.written, plan.written)]
+        lines = pl.ds(j * plan.columns + column * plan.written, plan.written)
+        plgpu.copy_gmem_to_smem(
+          refs['k'].at[lines, here], target, refs['full'].at[slot]
+        )
+      return ()
+
+    count = self._count * plan.steps
+    lax.fori_loop(0, count, copy, ())
+
+    def see_off(i, _):
+      plgpu.barrier_wait(refs['empty'].at[self._slot(i)])
+      return ()
+
+    lax.fori_loop(jnp.maximum(count - t.stages, 0), count, see_off, ())
+
+  def multiply(self, warpgroup: Array) -> None:
+    """The products of one warpgroup, and what follows."""
+    plan, refs = self._plan, self._refs
+    if 'ones' in plan.given:
+      there = refs['ones_there'].at[warpgroup]
+      plgpu.copy_gmem_to_smem(
+        refs['ones'], refs['ones_tiles'].at[warpgroup], there
+      )
+      plgpu.barrier_wait(there)
+
+    def one_tile(i, _):
+      row, column = self._place(i)
+      first = row * plan.tiles.height + warpgroup * plan.tiles.rows
+      columns = pl.ds(column * plan.written, plan.written)
+      staged = refs['staged'].at[warpgroup]
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      if 'residual' in plan.given:
+        arrived = refs['arrived'].at[warpgroup]
+        sources = plan.rows.outcome(refs['residual'], first, columns)
+        for source, target in zip(sources, plan.parts_of(staged), strict=True):
+          plgpu.copy_gmem_to_smem(source, target, arrived)
+      total, *sums = self._sum_up(i, warpgroup)
+      if 'residual' in plan.given:
+        plgpu.barrier_wait(arrived)
+      row_sums = jnp.max(sums[0], axis=1) if sums else None
+      self._write(total, row_sums, column, staged)
+      plgpu.commit_smem()
+      targets = plan.rows.outcome(refs['y'], first, columns)
+      for source, target in zip(plan.parts_of(staged), targets, strict=True):
+        plgpu.copy_smem_to_gmem(source, target)
+      return ()
+
+    lax.fori_loop(0, self._count, one_tile, ())
+    plgpu.wait_smem_to_gmem(0)
+
+  def _sum_up(self, i: Array, warpgroup: Array) -> tuple[Array, ...]:
+    """int32[rows, n] and, with a shift, the sums of rows in every column."""
+    plan, refs, t = self._plan, self._refs, self._plan.tiles
+
+    def multiply(*totals):
+      def step(s, _):
+        j = i * plan.steps + s
+        slot = self._slot(j)
+        plgpu.barrier_wait(refs['full'].at[slot])
+        rows = refs['a_tiles'].at[slot, warpgroup]
+        plgpu.wgmma(totals[0], rows, refs['k_tiles'].at[slot].T)
+        for ref in totals[1:]:
+          plgpu.wgmma(ref, rows, refs['ones_tiles'].at[warpgroup].T)
+        # The products of the last step are done, those of this one go on.
+        plgpu.wgmma_wait(len(totals))
+
+        @pl.when(s > 0)
+        def _():
+          plgpu.barrier_arrive(refs['empty'].at[self._slot(j - 1)])
+
+        return ()
+
+      lax.fori_loop(0, plan.steps, step, ())
+      return tuple(ref[...] for ref in totals)
+
+    accumulators = [plgpu.ACC((t.rows, t.n), jnp.int32)]
+    if 'ones' in plan.given:
+      accumulators.append(plgpu.ACC((t.rows, _ONES), jnp.int32))
+    result = pl.run_scoped(multiply, *accumulators)
+    last = self._slot((i + 1) * plan.steps - 1)
+    plgpu.barrier_arrive(refs['empty'].at[last])
+    return result
+
+  def _write(
+    self, total: Array, row_sums: Array | None, column: Array, staged: Any
+  ) -> None:
+    """The result of a tile to shared memory, some columns at a time."""
+    plan, refs, width = self._plan, self._refs, self._plan.tiles.columns
+
+    def rescaled(half, first):
+      start = half * plan.columns + column * plan.written + first
+      begin = half * plan.written + first
+      return self._rescaled(
+        total[:, begin : begin + width], row_sums, pl.ds(start, width)
+      )
+
+    for first in range(0, plan.written, width):
+      part = slice(first, first + width)
+      y = rescaled(0, first)
+      if 'residual' in plan.given:
+        y += staged[:, part].astype(jnp.float32)
+      if plan.gated:
+        y *= _gelu(rescaled(1, first))
+        numbers = refs['grid']
+        y = jnp.minimum(jnp.maximum(y * numbers[0], numbers[1]), numbers[2])
+        y = lax.round(y, _TO_EVEN) + numbers[3]
+      staged[:, part] = y.astype(plan.dtype)
+
+  def _rescaled(
+    self, total: Array, row_sums: Array | None, here: Any
+  ) -> Array:
+    """float32[rows, columns] of sums of integers."""
+    refs = self._refs
+
+    def columns(name):
+      values = _load(refs[name].at[here], plgpu.Layout.WGMMA.reduce(0))
+      return lax.broadcast_in_dim(values, total.shape, (1,))
+
+    if row_sums is not None:
+      rows = lax.broadcast_in_dim(row_sums, total.shape, (0,))
+      total += rows * columns('shift')
+    if 'correction' in self._plan.given:
+      total += columns('correction')
+    y = total.astype(jnp.float32) * columns('scale')
+    if 'bias' in self._plan.given:
+      y += columns('bias').astype(jnp.float32)
+    return y
+
+
+def divide(x: Array, by: int) -> tuple[Array, Array]:
+  """Quotient and remainder of int32 that are not negative.
+
+  `//` and `%` look after signs, and kernels cannot be made of that.
+  """
   n = jnp.int32(by)
   return lax.div(x, n), lax.rem(x, n)
 
@@ -318,254 +466,6 @@ def _swizzled(width: int, bits: int) -> tuple[Any, ...]:
   )
 
 
-def _product(
-  a: Array,
-  k: Array,
-  scale: Array,
-  bias: Array,
-  shift: Array | None,
-  sums: Array | None,
-  residual: Array | None,
-  grid: Array | None,
-  operand: Callable[..., Any],
-  rows_at: Callable[..., Any],
-  tiles_of_rows: int,
-  shape: tuple[int, int],
-  tiles: Tiles,
-  interpret: Any,
-  name: str,
-) -> Array:
-  """The kernel of both.
-
-  Args:
-    a: int8, as `operand` knows it.
-    k: int8[N, K].
-    scale: float32[N].
-    bias: float32[N].
-    shift: int32[N] or None.
-    sums: int32[M] or None.
-    residual: bfloat16[M, N] or None.
-    grid: float32[4] or None, see `matmul_geglu_quantize`.
-    operand: (reference to a, tile of rows, warpgroup, step) -> its [rows, k].
-    rows_at: (reference to [M, ..], tile of rows, warpgroup) -> its [rows, ..].
-    tiles_of_rows: of both warpgroups.
-    shape: M, N.
-    tiles: see there.
-    interpret: what `plgpu.kernel` takes.
-    name: of the kernel.
-  """
-  n, depth = k.shape
-  if n % tiles.n or depth % tiles.k:
-    raise ValueError(f'A kernel {k.shape} and {tiles} do not fit.')
-  steps, tiles_of_columns = depth // tiles.k, n // tiles.n
-  total_tiles = tiles_of_rows * tiles_of_columns
-  blocks = min(tiles.blocks or _MULTIPROCESSORS, total_tiles)
-  sum_here = shift is not None and sums is None
-  # Columns of the result in a tile; a gate is half of them.
-  written = tiles.n if grid is None else tiles.n // 2
-  if written % tiles.columns:
-    raise ValueError(f'{tiles} are no multiple of {tiles.columns} columns.')
-  dtype = jnp.bfloat16 if grid is None else jnp.int8
-  optional = {
-    'shift': shift,
-    'sums': sums if shift is not None else None,
-    'residual': residual,
-    'grid': grid,
-    'ones': jnp.ones((_ONES, tiles.k), jnp.int8) if sum_here else None,
-  }
-  given = {key: x for key, x in optional.items() if x is not None}
-
-  def body(a_ref, k_ref, scale_ref, bias_ref, *refs):
-    more = dict(zip(given, refs, strict=False))
-    y_ref, *scratch = refs[len(given) :]
-    a_tiles, k_tiles, y_tiles, full, empty, *scratch = scratch
-    if residual is not None:
-      arrived, *scratch = scratch
-    warpgroup = lax.axis_index('warpgroup')
-    block = lax.axis_index('block')
-    mine = lax.div(
-      jnp.int32(total_tiles + blocks - 1) - block, jnp.int32(blocks)
-    )
-
-    def place(i):
-      """Tile of rows and tile of columns of the i-th tile of this block."""
-      return plgpu.planar_snake(
-        block + i * blocks, (tiles_of_rows, tiles_of_columns), 1, tiles.band
-      )
-
-    @pl.when(warpgroup == _WARPGROUPS)
-    def _():
-      plgpu.set_max_registers(_REGISTERS[0], action='decrease')
-
-      def copy(i, _):
-        slot = lax.rem(i, jnp.int32(tiles.stages))
-        tile, step = _divide(i, steps)
-        row, column = place(tile)
-
-        @pl.when(i >= tiles.stages)
-        def _():
-          plgpu.barrier_wait(empty.at[slot])
-
-        for half in range(_WARPGROUPS):
-          plgpu.copy_gmem_to_smem(
-            operand(a_ref, row, half, step),
-            a_tiles.at[slot, half],
-            full.at[slot],
-          )
-        plgpu.copy_gmem_to_smem(
-          k_ref.at[
-            pl.ds(column * tiles.n, tiles.n), pl.ds(step * tiles.k, tiles.k)
-          ],
-          k_tiles.at[slot],
-          full.at[slot],
-        )
-        return ()
-
-      count = mine * steps
-      lax.fori_loop(0, count, copy, ())
-
-      def see_off(i, _):
-        plgpu.barrier_wait(empty.at[lax.rem(i, jnp.int32(tiles.stages))])
-        return ()
-
-      lax.fori_loop(jnp.maximum(count - tiles.stages, 0), count, see_off, ())
-
-    @pl.when(warpgroup < _WARPGROUPS)
-    def _():
-      plgpu.set_max_registers(_REGISTERS[1], action='increase')
-      if sum_here:
-        ones, loaded = scratch
-        mine_of_ones = ones.at[warpgroup]
-        plgpu.copy_gmem_to_smem(
-          more['ones'], mine_of_ones, loaded.at[warpgroup]
-        )
-        plgpu.barrier_wait(loaded.at[warpgroup])
-
-      def one_tile(i, _):
-        row, column = place(i)
-        staged = y_tiles.at[warpgroup]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        if residual is not None:
-          plgpu.copy_gmem_to_smem(
-            rows_at(more['residual'], row, warpgroup).at[
-              :, pl.ds(column * tiles.n, tiles.n)
-            ],
-            staged,
-            arrived.at[warpgroup],
-          )
-
-        def multiply(total, *summed):
-          def step(s, _):
-            j = i * steps + s
-            slot = lax.rem(j, jnp.int32(tiles.stages))
-            plgpu.barrier_wait(full.at[slot])
-            rows = a_tiles.at[slot, warpgroup]
-            plgpu.wgmma(total, rows, k_tiles.at[slot].T)
-            for ref in summed:
-              plgpu.wgmma(ref, rows, mine_of_ones.T)
-            # The products of the last step are done, those of this one go on.
-            plgpu.wgmma_wait(1 + len(summed))
-
-            @pl.when(s > 0)
-            def _():
-              before = lax.rem(j - 1, jnp.int32(tiles.stages))
-              plgpu.barrier_arrive(empty.at[before])
-
-            return ()
-
-          lax.fori_loop(0, steps, step, ())
-          return tuple(ref[...] for ref in (total, *summed))
-
-        accumulators = [plgpu.ACC((tiles.rows, tiles.n), jnp.int32)]
-        if sum_here:
-          accumulators.append(plgpu.ACC((tiles.rows, _ONES), jnp.int32))
-        total, *summed = pl.run_scoped(multiply, *accumulators)
-        last = lax.rem((i + 1) * steps - 1, jnp.int32(tiles.stages))
-        plgpu.barrier_arrive(empty.at[last])
-
-        row_sums = None
-        if sum_here:
-          row_sums = jnp.max(summed[0], axis=1)
-        elif shift is not None:
-          row_sums = _load(
-            rows_at(more['sums'], row, warpgroup), plgpu.Layout.WGMMA.reduce(1)
-          )
-        if residual is not None:
-          plgpu.barrier_wait(arrived.at[warpgroup])
-
-        def rescaled(first):
-          here = pl.ds(column * tiles.n + first, tiles.columns)
-          return _rescaled(
-            total[:, first : first + tiles.columns],
-            row_sums,
-            [
-              None if ref is None else ref.at[here]
-              for ref in (more.get('shift'), scale_ref, bias_ref)
-            ],
-          )
-
-        for first in range(0, written, tiles.columns):
-          part = slice(first, first + tiles.columns)
-          y = rescaled(first)
-          if residual is not None:
-            y += staged[:, part].astype(jnp.float32)
-          if grid is not None:
-            y *= _gelu(rescaled(written + first))
-            numbers = more['grid']
-            y = jnp.minimum(jnp.maximum(y * numbers[0], numbers[1]), numbers[2])
-            y = lax.round(y, _TO_EVEN) + numbers[3]
-          staged[:, part] = y.astype(dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-          staged,
-          rows_at(y_ref, row, warpgroup).at[
-            :, pl.ds(column * written, written)
-          ],
-        )
-        return ()
-
-      lax.fori_loop(0, mine, one_tile, ())
-      plgpu.wait_smem_to_gmem(0)
-
-  operands = _swizzled(tiles.k, 8)
-  scratch: list[Any] = [
-    plgpu.SMEM(
-      (tiles.stages, _WARPGROUPS, tiles.rows, tiles.k),
-      jnp.int8,
-      transforms=operands,
-    ),
-    plgpu.SMEM((tiles.stages, tiles.n, tiles.k), jnp.int8, transforms=operands),
-    plgpu.SMEM(
-      (_WARPGROUPS, tiles.rows, written),
-      dtype,
-      transforms=_swizzled(tiles.columns, 8 * jnp.dtype(dtype).itemsize),
-    ),
-    plgpu.Barrier(num_arrivals=_COPIES, num_barriers=tiles.stages),
-    plgpu.Barrier(num_arrivals=_WARPGROUPS, num_barriers=tiles.stages),
-  ]
-  if residual is not None:
-    scratch.append(plgpu.Barrier(num_barriers=_WARPGROUPS))
-  if sum_here:
-    scratch.append(
-      plgpu.SMEM((_WARPGROUPS, _ONES, tiles.k), jnp.int8, transforms=operands)
-    )
-    scratch.append(plgpu.Barrier(num_barriers=_WARPGROUPS))
-  return plgpu.kernel(
-    body,
-    out_type=jax.ShapeDtypeStruct(shape, dtype),
-    scratch_types=scratch,
-    grid=(blocks,),
-    grid_names=('block',),
-    num_threads=_WARPGROUPS + 1,
-    thread_name='warpgroup',
-    compiler_params=plgpu.CompilerParams(
-      lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-    ),
-    interpret=interpret,
-    kernel_name=name,
-  )(a, k, scale, bias, *given.values())
-
-
 def _gelu(x: Array) -> Array:
   """x times the normal distribution function, to about 1e-7.
 
@@ -579,17 +479,3 @@ def _gelu(x: Array) -> Array:
     series = (series + np.float32(factor)) * t
   half = 0.5 * series * tail
   return x * jnp.where(x < 0, half, 1.0 - half)
-
-
-def _rescaled(total: Array, row_sums: Array | None, refs: list[Any]) -> Array:
-  """float32[rows, columns]: sums of integers, corrected, scaled, with bias."""
-
-  def columns(ref):
-    values = _load(ref, plgpu.Layout.WGMMA.reduce(0))
-    return lax.broadcast_in_dim(values, total.shape, (1,))
-
-  shift, scale, bias = refs
-  if row_sums is not None:
-    rows = lax.broadcast_in_dim(row_sums, total.shape, (0,))
-    total += rows * columns(shift)
-  return total.astype(jnp.float32) * columns(scale) + columns(bias)

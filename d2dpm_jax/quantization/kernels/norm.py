@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from d2dpm_jax.quantization.kernels import epilogue
+from d2dpm_jax.quantization.kernels.hopper import divide
 
 Array = jax.Array
 
@@ -114,7 +114,7 @@ def norm_silu_quantize(
     image = pl.program_id(0 if inside_after else 1)
     block = pl.program_id(1 if inside_after else 0)
     pixels = block * tiles.pixels + jnp.arange(tiles.pixels)
-    row, column = (v - padding for v in epilogue.divide(pixels, wide))
+    row, column = (v - padding for v in divide(pixels, wide))
     exists = pixels < total
     interior = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     if padding == 0:

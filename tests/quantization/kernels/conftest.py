@@ -6,6 +6,6 @@ collect_ignore = (
   []
   if hasattr(plgpu, 'InterpretGPUParams')
   else [
-    'test_hopper_kernels.py',
+    'test_products.py',
   ]
 )

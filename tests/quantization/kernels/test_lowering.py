@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from d2dpm_jax.quantization.kernels import conv, hopper, matmul, norm
+from d2dpm_jax.quantization.kernels import norm
 
 _S = jax.ShapeDtypeStruct
 _BATCH = 128
