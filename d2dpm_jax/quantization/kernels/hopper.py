@@ -138,9 +138,7 @@ def product(
     raise ValueError(
       f'{rows.total} rows, a kernel {k.shape} and {tiles} do not fit.'
     )
-  given = {
-    key: x for key, x in epilogue._asdict().items() if x is not None
-  }
+  given = {key: x for key, x in epilogue._asdict().items() if x is not None}
   if 'shift' in given:
     given['ones'] = jnp.ones((_ONES, tiles.k), jnp.int8)
   plan = _Plan(tiles, rows, n, depth, frozenset(given))
@@ -222,9 +220,7 @@ class _Plan(NamedTuple):
     if self.rows.parts == 1:
       return [ref]
     part = self.tiles.rows // self.rows.parts
-    return [
-      ref.at[pl.ds(j * part, part)] for j in range(self.rows.parts)
-    ]
+    return [ref.at[pl.ds(j * part, part)] for j in range(self.rows.parts)]
 
   def scratch(self) -> dict[str, Any]:
     """Shared memory and barriers."""
@@ -414,9 +410,7 @@ class _Block:
         y = lax.round(y, _TO_EVEN) + numbers[3]
       staged[:, part] = y.astype(plan.dtype)
 
-  def _rescaled(
-    self, total: Array, row_sums: Array | None, here: Any
-  ) -> Array:
+  def _rescaled(self, total: Array, row_sums: Array | None, here: Any) -> Array:
     """float32[rows, columns] of sums of integers."""
     refs = self._refs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -60,6 +61,9 @@ def grid_numbers(
   )
 
 
+@functools.partial(
+  jax.jit, static_argnames=('silu', 'padding', 'tiles', 'interpret')
+)
 def norm_silu_quantize(
   x: Array,
   gain: Array,
@@ -68,11 +72,9 @@ def norm_silu_quantize(
   *,
   silu: bool = True,
   padding: int = 1,
-  sums: bool = True,
-  images_inside: tuple[bool, bool] = (False, False),
   tiles: Tiles = Tiles(),
   interpret: bool = False,
-) -> tuple[Array, Array | None]:
+) -> Array:
   """Quantizes `silu(x gain + shift)`, padded with the code of zero.
 
   Codes are those of `affine.quantize`, but where its quotient and this product
@@ -85,52 +87,41 @@ def norm_silu_quantize(
     grid: float32[4], see `grid_numbers`.
     silu: whether there is one.
     padding: pixels added at each side.
-    sums: also return sums over channels.
-    images_inside: whether `x`, and what is returned, have images after pixels,
-      [H, W, B, C].
     tiles: see there.
     interpret: run on any device, slowly.
 
   Returns:
-    int8[B, H + 2 padding, W + 2 padding, C], codes minus the offset, and
-    int32[B, H + 2 padding, W + 2 padding], their sums over channels, or None.
+    int8[B, H + 2 padding, W + 2 padding, C], codes minus the offset.
 
   Raises:
     ValueError: the channels do not divide into those of a tile.
   """
-  inside, inside_after = images_inside
-  if inside:
-    height, width, b, depth = x.shape
-  else:
-    b, height, width, depth = x.shape
+  b, height, width, depth = x.shape
   if depth % tiles.channels:
     raise ValueError(f'{depth} channels do not divide into {tiles}.')
   tall, wide = height + 2 * padding, width + 2 * padding
   total = tall * wide
   blocks = pl.cdiv(total, tiles.pixels)
 
-  def kernel(x_ref, gain_ref, shift_ref, grid_ref, a_ref, *sum_refs):
-    # Those programs follow each other that write next to each other.
-    image = pl.program_id(0 if inside_after else 1)
-    block = pl.program_id(1 if inside_after else 0)
+  def kernel(x_ref, gain_ref, shift_ref, grid_ref, a_ref):
+    block, image = pl.program_id(0), pl.program_id(1)
     pixels = block * tiles.pixels + jnp.arange(tiles.pixels)
     row, column = (v - padding for v in divide(pixels, wide))
     exists = pixels < total
     interior = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     if padding == 0:
       interior = exists
-    source = row * width + column
-    source = source * b + image if inside else image * height * width + source
+    source = (image * height + row) * width + column
     source = jnp.where(interior, source, 0)
     inverse, low, high = grid_ref[0], grid_ref[1], grid_ref[2]
     border = grid_ref[3].astype(jnp.int32)
     shape = (tiles.pixels, tiles.channels)
     interior = jnp.broadcast_to(interior[:, None], shape)
-    targets = pixels * b + image if inside_after else image * total + pixels
+    targets = image * total + pixels
     exists_here = jnp.broadcast_to(exists[:, None], shape)
     here = jnp.full(tiles.channels, image)
 
-    def step(i, summed):
+    def step(i, _):
       channels = i * tiles.channels + jnp.arange(tiles.channels)
       values = plgpu.load(
         x_ref.at[source[:, None], channels[None]], mask=interior, other=0.0
@@ -146,27 +137,19 @@ def norm_silu_quantize(
         codes.astype(jnp.int8),
         mask=exists_here,
       )
-      return summed + codes
+      return ()
 
-    summed = jax.lax.fori_loop(
-      0, depth // tiles.channels, step, jnp.zeros(shape, jnp.int32)
-    )
-    for ref in sum_refs:
-      plgpu.store(ref.at[targets], jnp.sum(summed, axis=1), mask=exists)
+    jax.lax.fori_loop(0, depth // tiles.channels, step, ())
 
-  shapes: list[Any] = [jax.ShapeDtypeStruct((b * total, depth), jnp.int8)]
-  if sums:
-    shapes.append(jax.ShapeDtypeStruct((b * total,), jnp.int32))
-  a, *rest = pl.pallas_call(
+  a = pl.pallas_call(
     kernel,
-    grid=(b, blocks) if inside_after else (blocks, b),
-    out_shape=shapes,
+    grid=(blocks, b),
+    out_shape=jax.ShapeDtypeStruct((b * total, depth), jnp.int8),
     compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=1),
     interpret=interpret,
     name='norm_silu_quantize',
   )(x.reshape(-1, depth), gain, shift, grid)
-  shape = (tall, wide, b) if inside_after else (b, tall, wide)
-  return a.reshape(*shape, depth), rest[0].reshape(shape) if sums else None
+  return a.reshape(b, tall, wide, depth)
 
 
 def layer_norm_quantize(

@@ -3,11 +3,13 @@
 Each takes codes minus their offset and returns bfloat16, or codes for the next
 layer. `fit` and `fit_conv` say whether shapes are among those that the kernel
 takes; the tiles are those that were fastest on an H100
-(benchmarks/kernels_gpu.py).
+(benchmarks/kernels_gpu.py). Each is jitted, so that a program of many layers
+has one of every shape.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -23,9 +25,11 @@ Array = jax.Array
 _SIDE = 3  # Of the kernel of a convolution.
 _SHARED_BYTES = 220_000
 _STAGES = 6  # More do not help.
+LEAST_ROWS = Tiles().height
 _LEAST = 64  # Channels that a tile must be able to have.
 _LINE = 8  # Rows that shared memory has together, of images in a tile.
 _WIDTHS = (192, 256, 224, 128, 96, 64)  # Columns of a tile, the best first.
+_EVEN_WIDTHS = (256, 128)  # Of two halves.
 
 
 def _width(n: int, widths: tuple[int, ...] = _WIDTHS) -> int | None:
@@ -52,12 +56,18 @@ def _tiles(rows: int, n: int, k: int, columns: int, band: int = 1) -> Tiles:
 
 
 def fit(rows: int, inputs: int, outputs: int) -> bool:
-  """Whether `linear` and `gated` take int8[rows, inputs] to [rows, outputs]."""
+  """Whether `linear` takes int8[rows, inputs] to [rows, outputs]."""
   return (
-    rows % Tiles().height == 0
+    rows % LEAST_ROWS == 0
     and inputs % _LEAST == 0
     and _width(outputs) is not None
   )
+
+
+def fit_gated(rows: int, inputs: int, outputs: int) -> bool:
+  """Whether `gated` takes int8[rows, inputs] to both halves of outputs."""
+  whole = _width(outputs, _EVEN_WIDTHS) is not None
+  return whole and fit(rows, inputs, outputs)
 
 
 def fit_conv(shape: tuple[int, ...], inputs: int, outputs: int) -> bool:
@@ -70,6 +80,7 @@ def fit_conv(shape: tuple[int, ...], inputs: int, outputs: int) -> bool:
   )
 
 
+@functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
 def linear(
   a: Array,
   k: Array,
@@ -96,6 +107,7 @@ def linear(
   return _matrix(a, k, epilogue, tiles or _linear_tiles(k), interpret, 'linear')
 
 
+@functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
 def gated(
   a: Array,
   k: Array,
@@ -129,7 +141,7 @@ def _linear_tiles(k: Array) -> Tiles:
 
 
 def _gated_tiles(k: Array) -> Tiles:
-  n = _width(k.shape[0], (256, 128, 64))
+  n = _width(k.shape[0], _EVEN_WIDTHS)
   if n is None:
     raise ValueError(f'A kernel {k.shape} has no halves that fit tiles.')
   return _tiles(64, n, _deepest(k.shape[1]), _columns(n // 2))
@@ -168,6 +180,7 @@ def kernel_layout(k: Array) -> Array:
   return jnp.moveaxis(k, -1, 0).reshape(k.shape[-1], -1)
 
 
+@functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
 def conv(
   a: Array,
   k: Array,
