@@ -4,6 +4,7 @@ Source: CompVis/latent-diffusion, ldm/modules/attention.py; the module names are
 those of that file, with `.N` written `_N`.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -25,28 +26,31 @@ class CrossAttention(nn.Module):
     x: jax.Array,
     context: jax.Array | None = None,
     *,
-    residual: jax.Array | None = None,
+    norm: nn.Module | None = None,
   ) -> jax.Array:
     """Maps float[B, L, D] and float[B, M, E] to float[B, L, D].
 
     Args:
       x: tokens that ask.
       context: tokens that answer, `x` if None.
-      residual: float[B, L, D], added to the result.
+      norm: what `x` goes through first, in attention to itself; then `x` is
+        added to the result.
     """
-    context = x if context is None else context
     width = x.shape[-1]
-
-    def heads(tokens, name):
-      y = nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)(tokens)
-      return y.reshape(*y.shape[:2], self.num_heads, width // self.num_heads)
-
-    y = layers.attend(
-      heads(x, 'to_q'), heads(context, 'to_k'), heads(context, 'to_v')
+    dense = functools.partial(layers.Dense, width, dtype=self.dtype)
+    to_q, to_k, to_v = (
+      dense(use_bias=False, name=name) for name in ('to_q', 'to_k', 'to_v')
     )
-    y = y.reshape(x.shape)
-    out = layers.Dense(width, dtype=self.dtype, name='to_out_0')
-    return out(y) if residual is None else out.plus(y, residual)
+    if norm is None:
+      context = x if context is None else context
+      found = to_q(x), to_k(context), to_v(context)
+    else:
+      found = to_q.all_after_norm((to_k, to_v), norm, x)
+    shape = (self.num_heads, width // self.num_heads)
+    q, k, v = (y.reshape(*y.shape[:2], *shape) for y in found)
+    y = layers.attend(q, k, v).reshape(x.shape)
+    out = dense(name='to_out_0')
+    return out(y) if norm is None else out.plus(y, x)
 
 
 class GEGLU(nn.Module):
@@ -63,16 +67,16 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """GEGLU to four times the width, then back, and a residual."""
+  """GEGLU of a normalized input to four times the width, back, and added."""
 
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
+  def __call__(self, norm: nn.Module, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
     gate = GEGLU(4 * width, dtype=self.dtype, name='net_0')
     out = layers.Dense(width, dtype=self.dtype, name='net_2')
-    return out.after_gate(gate, x, residual)
+    return out.after_gate(gate, norm, x)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -103,9 +107,9 @@ class BasicTransformerBlock(nn.Module):
     attention1 = CrossAttention(self.num_heads, self.dtype, name='attn1')
     attention2 = CrossAttention(self.num_heads, self.dtype, name='attn2')
     feed_forward = FeedForward(self.dtype, name='ff')
-    x = attention1(norm(name='norm1')(x), residual=x)
+    x = attention1(x, norm=norm(name='norm1'))
     x = attention2(norm(name='norm2')(x), context) + x
-    return feed_forward(norm(name='norm3')(x), x)
+    return feed_forward(norm(name='norm3'), x)
 
 
 class SpatialTransformer(nn.Module):

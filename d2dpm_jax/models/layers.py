@@ -53,6 +53,24 @@ class GroupNorm32(nn.GroupNorm):
     gain = jax.lax.rsqrt(variance + self.epsilon) * scale
     return (x - (mean - offset)) * gain + bias
 
+  def affine(
+    self, x: jax.Array, offset: jax.Array | float = 0.0
+  ) -> tuple[jax.Array, jax.Array]:
+    """The numbers with which the norm of a bound module is `x gain + shift`.
+
+    Args:
+      x: float[B, ..., C].
+      offset: as when called.
+
+    Returns:
+      gain and shift, float32[B, 1, .., C].
+    """
+    params = self.variables['params']
+    offset = jnp.asarray(offset, jnp.float32)
+    mean, variance = group_moments(x, self.num_groups, offset)
+    gain = jax.lax.rsqrt(variance + self.epsilon) * params['scale']
+    return gain, params['bias'] - (mean - offset) * gain
+
 
 def group_moments(
   x: jax.Array, groups: int, offset: jax.Array | float = 0.0
@@ -113,7 +131,7 @@ class _Steps(nn.Module):
 
   def after_norm(
     self,
-    norm: GroupNorm32,
+    norm: nn.Module,
     x: jax.Array,
     offset: jax.Array | float = 0.0,
     *,
@@ -136,11 +154,18 @@ class _Steps(nn.Module):
     h = nn.silu(h) if silu else h
     return self(h) if residual is None else self.plus(h, residual)  # type: ignore[operator]
 
+  def all_after_norm(
+    self, others: tuple[nn.Module, ...], norm: nn.Module, x: jax.Array
+  ) -> tuple[jax.Array, ...]:
+    """What this layer and others return for the same normalized `x`."""
+    h = norm(x)
+    return tuple(layer(h) for layer in (self, *others))  # type: ignore[operator]
+
   def after_gate(
-    self, gate: nn.Module, x: jax.Array, residual: jax.Array
+    self, gate: nn.Module, norm: nn.Module, x: jax.Array
   ) -> jax.Array:
-    """The layer of what a gated layer returns for `x`, and a residual."""
-    return self.plus(gate(x), residual)  # type: ignore[operator]
+    """The layer of what a gated layer returns for a normalized `x`, and `x`."""
+    return self.plus(gate(norm(x)), x)  # type: ignore[operator]
 
 
 class Conv(_Steps, nn.Conv):
@@ -239,7 +264,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """
   logits = jnp.einsum('blnd,bmnd->bnlm', q, k, preferred_element_type='float32')
   weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1)
-  return jnp.einsum('bnlm,bmnd->blnd', weights.astype(v.dtype), v)
+  # Heads first: otherwise the product is made with L last, and turned.
+  y = jnp.einsum('bnlm,bmnd->bnld', weights.astype(v.dtype), v)
+  return jnp.swapaxes(y, 1, 2)
 
 
 def upsample_nearest(x: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ compute in bfloat16, on shapes that fit tiles. All else falls back to `integer`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -23,12 +23,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from d2dpm_jax.models import layers as modules
 from d2dpm_jax.quantization import integer, transform
 from d2dpm_jax.quantization.integer import IntegerLayer
 from d2dpm_jax.quantization.kernels import norm, products
 
 Array = jax.Array
+Layers = Mapping[str, 'IntegerLayer | FusedLayer']
+
+_NARROW = 512  # Channels of which a program normalizes eight rows, not four.
 
 
 @flax.struct.dataclass
@@ -87,12 +89,8 @@ def _interpret() -> Any:
 
 
 def run(
-  module: nn.Module,
-  method: str,
-  layers: Mapping[str, IntegerLayer | FusedLayer],
-  *args: Any,
-  **kwargs: Any,
-) -> Array | None:
+  module: nn.Module, method: str, layers: Layers, *args: Any, **kwargs: Any
+) -> Any:
   """A method of `layers.Conv` or `layers.Dense`; None if no kernel does it.
 
   Args:
@@ -102,91 +100,125 @@ def run(
     *args: of the method.
     **kwargs: of the method.
   """
-  layer = layers[transform.path_of(module)]
-  assert isinstance(layer, FusedLayer)
   if module.dtype != jnp.bfloat16 or method not in _METHODS:
     return None
-  if method == 'after_gate':
-    return _after_gate(module, layer, layers, *args, **kwargs)
-  return _METHODS[method](module, layer, *args, **kwargs)
+  return _METHODS[method](module, layers, *args, **kwargs)
+
+
+def _of(module: nn.Module, layers: Layers) -> FusedLayer | None:
+  found = layers.get(transform.path_of(module))
+  return found if isinstance(found, FusedLayer) else None
 
 
 def _plus(
-  module: nn.Module, layer: FusedLayer, x: Array, residual: Array | None = None
+  module: nn.Module, layers: Layers, x: Array, residual: Array | None = None
 ) -> Array | None:
   """The layer itself, with a residual or without."""
-  if not _fits(module, layer, x.shape, residual):
+  layer = _of(module, layers)
+  if layer is None or not _fits(module, layer, x.shape, residual):
     return None
   a = integer.input_operand(layer.plain, x)
   if layer.is_3x3:
     ends = [(0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)]
     zero = (-integer.act_shift(layer.plain)).astype(jnp.int8)
     a = jax.lax.pad(a, zero, ends)
-  return _product(module, layer, a, residual)
+  return _product(module, layer, a, None, residual)
 
 
 def _after_norm(
   module: nn.Module,
-  layer: FusedLayer,
-  group_norm: modules.GroupNorm32,
+  layers: Layers,
+  group_norm: Any,
   x: Array,
   offset: Array | float = 0.0,
   *,
   silu: bool = True,
   residual: Array | None = None,
 ) -> Array | None:
+  layer = _of(module, layers)
   if (
-    x.ndim != 4
+    layer is None
+    or x.ndim != 4
     or not layer.plain.zero_code
     or not _fits(module, layer, x.shape, residual)
   ):
     return None
-  params = group_norm.variables['params']
-  offset = jnp.asarray(offset, jnp.float32)
-  mean, variance = modules.group_moments(x, group_norm.num_groups, offset)
-  gain = jax.lax.rsqrt(variance + group_norm.epsilon) * params['scale']
-  start = params['bias'] - (mean - offset) * gain
+  gain, shift = group_norm.affine(x, offset)
   a = norm.norm_silu_quantize(
     x,
     gain.reshape(-1, x.shape[-1]),
-    start.reshape(-1, x.shape[-1]),
+    shift.reshape(-1, x.shape[-1]),
     layer.grid,
     silu=silu,
     padding=1 if layer.is_3x3 else 0,
     interpret=_interpreted(),
   )
-  return _product(module, layer, a, residual)
+  return _product(module, layer, a, None, residual)
+
+
+def _all_after_norm(
+  module: nn.Module,
+  layers: Layers,
+  others: tuple[nn.Module, ...],
+  layer_norm: nn.Module,
+  x: Array,
+) -> tuple[Array, ...] | None:
+  modules = (module, *others)
+  found = [_of(m, layers) for m in modules]
+  wanted = [layer for layer in found if layer is not None]
+  if len(wanted) < len(modules) or not all(
+    _fits(m, layer, x.shape, None)
+    for m, layer in zip(modules, wanted, strict=True)
+  ):
+    return None
+  operands = _layer_norm(layer_norm, wanted, x)
+  return tuple(
+    _product(m, layer, *operand, None)
+    for m, layer, operand in zip(modules, wanted, operands, strict=True)
+  )
 
 
 def _after_gate(
   module: nn.Module,
-  layer: FusedLayer,
-  layers: Mapping[str, IntegerLayer | FusedLayer],
+  layers: Layers,
   gate: nn.Module,
+  layer_norm: nn.Module,
   x: Array,
-  residual: Array,
 ) -> Array | None:
-  path = f'{transform.path_of(gate)}/proj'
-  first = layers.get(path)
-  inner = (*x.shape[:-1], layer.plain.inputs)
-  if (
-    not isinstance(first, FusedLayer)
-    or not products.fit_gated(
-      math.prod(x.shape[:-1]), x.shape[-1], len(first.kernel)
-    )
-    or not _fits(module, layer, inner, residual)
+  layer = _of(module, layers)
+  first = layers.get(f'{transform.path_of(gate)}/proj')
+  if layer is None or not isinstance(first, FusedLayer):
+    return None
+  rows, inner = math.prod(x.shape[:-1]), (*x.shape[:-1], layer.plain.inputs)
+  if not products.fit_gated(rows, x.shape[-1], len(first.kernel)) or not _fits(
+    module, layer, inner, x
   ):
     return None
-  a = integer.input_operand(first.plain, x)
+  [(a, sums)] = _layer_norm(layer_norm, [first], x)
   bias = gate.variables['params']['proj'].get('bias')
-  epilogue = _epilogue(first, bias)._replace(grid=layer.grid)
+  epilogue = _epilogue(first, bias, sums)._replace(grid=layer.grid)
   codes = products.gated(
-    a.reshape(-1, x.shape[-1]),
-    first.kernel,
-    epilogue,
-    interpret=_interpret(),
+    a.reshape(rows, -1), first.kernel, epilogue, interpret=_interpret()
   )
-  return _product(module, layer, codes.reshape(inner), residual)
+  return _product(module, layer, codes.reshape(inner), None, x)
+
+
+def _layer_norm(
+  module: nn.Module, layers: Sequence[FusedLayer], x: Array
+) -> list[tuple[Array, Array | None]]:
+  """The input of every layer, int8[.., C], and its sums int32[rows]."""
+  params = module.variables['params']
+  found = norm.layer_norm_quantize(
+    x.reshape(-1, x.shape[-1]),
+    params['scale'],
+    params['bias'],
+    tuple(layer.grid for layer in layers),
+    epsilon=module.epsilon,
+    sums=any(layer.shift is not None for layer in layers),
+    rows=8 if x.shape[-1] <= _NARROW else 4,
+    interpret=_interpreted(),
+  )
+  return [(a.reshape(x.shape), sums) for a, sums in found]
 
 
 def _fits(
@@ -211,29 +243,37 @@ def _fits(
 
 
 def _epilogue(
-  layer: FusedLayer, bias: Array | None, residual: Array | None = None
+  layer: FusedLayer,
+  bias: Array | None,
+  row_sums: Array | None = None,
+  residual: Array | None = None,
 ) -> products.Epilogue:
   return products.Epilogue(
     scale=layer.plain.scale,
     bias=bias,
     shift=layer.shift,
+    row_sums=row_sums,
     correction=layer.correction,
     residual=residual,
   )
 
 
 def _product(
-  module: nn.Module, layer: FusedLayer, a: Array, residual: Array | None
+  module: nn.Module,
+  layer: FusedLayer,
+  a: Array,
+  row_sums: Array | None,
+  residual: Array | None,
 ) -> Array:
   """The layer of codes, which are padded for a 3x3 convolution."""
   bias = module.variables.get('params', {}).get('bias')
   if layer.is_3x3:
-    epilogue = _epilogue(layer, bias, residual)
+    epilogue = _epilogue(layer, bias, row_sums, residual)
     return products.conv(a, layer.kernel, epilogue, interpret=_interpret())
   shape = (*a.shape[:-1], len(layer.kernel))
   if residual is not None:
     residual = residual.reshape(-1, shape[-1])
-  epilogue = _epilogue(layer, bias, residual)
+  epilogue = _epilogue(layer, bias, row_sums, residual)
   rows = a.reshape(-1, a.shape[-1])
   y = products.linear(rows, layer.kernel, epilogue, interpret=_interpret())
   return y.reshape(shape)
@@ -243,5 +283,6 @@ _METHODS: dict[str, Any] = {
   '__call__': _plus,
   'plus': _plus,
   'after_norm': _after_norm,
+  'all_after_norm': _all_after_norm,
   'after_gate': _after_gate,
 }

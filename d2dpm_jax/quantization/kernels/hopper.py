@@ -91,6 +91,8 @@ class Epilogue(NamedTuple):
     scale: float32[N].
     bias: float[N].
     shift: int32[N], times the sum of the row of `a`; see B of `integer`.
+    row_sums: int32[M], those sums, if they are there already and the rows of a
+      tile follow each other in memory.
     correction: int32[N], added to the sums.
     residual: bfloat16[M, N], added in the end.
     grid: float32[4], see `norm.grid_numbers`. With it the first half of the
@@ -100,6 +102,7 @@ class Epilogue(NamedTuple):
   scale: Array
   bias: Array | None = None
   shift: Array | None = None
+  row_sums: Array | None = None
   correction: Array | None = None
   residual: Array | None = None
   grid: Array | None = None
@@ -139,7 +142,9 @@ def product(
       f'{rows.total} rows, a kernel {k.shape} and {tiles} do not fit.'
     )
   given = {key: x for key, x in epilogue._asdict().items() if x is not None}
-  if 'shift' in given:
+  if 'shift' not in given:
+    given.pop('row_sums', None)
+  elif 'row_sums' not in given:
     given['ones'] = jnp.ones((_ONES, tiles.k), jnp.int8)
   plan = _Plan(tiles, rows, n, depth, frozenset(given))
   scratch = plan.scratch()
@@ -341,7 +346,12 @@ class _Block:
       total, *sums = self._sum_up(i, warpgroup)
       if 'residual' in plan.given:
         plgpu.barrier_wait(arrived)
-      row_sums = jnp.max(sums[0], axis=1) if sums else None
+      row_sums = None
+      if sums:
+        row_sums = jnp.max(sums[0], axis=1)
+      elif 'row_sums' in plan.given:
+        ref = refs['row_sums'].at[pl.ds(first, plan.tiles.rows)]
+        row_sums = _load(ref, plgpu.Layout.WGMMA.reduce(1))
       self._write(total, row_sums, column, staged)
       plgpu.commit_smem()
       targets = plan.rows.outcome(refs['y'], first, columns)
@@ -353,7 +363,7 @@ class _Block:
     plgpu.wait_smem_to_gmem(0)
 
   def _sum_up(self, i: Array, warpgroup: Array) -> tuple[Array, ...]:
-    """int32[rows, n] and, with a shift, the sums of rows in every column."""
+    """int32[rows, n] and, if they are needed, sums of rows in every column."""
     plan, refs, t = self._plan, self._refs, self._plan.tiles
 
     def multiply(*totals):

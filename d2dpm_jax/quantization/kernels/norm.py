@@ -152,25 +152,28 @@ def norm_silu_quantize(
   return a.reshape(b, tall, wide, depth)
 
 
+@functools.partial(
+  jax.jit, static_argnames=('epsilon', 'sums', 'rows', 'warps', 'interpret')
+)
 def layer_norm_quantize(
   x: Array,
   gain: Array,
   shift: Array,
-  grid: Array,
+  grids: tuple[Array, ...],
   *,
   epsilon: float = 1e-5,
   sums: bool = True,
   rows: int = 4,
   warps: int = 4,
   interpret: bool = False,
-) -> tuple[Array, Array | None]:
-  """Quantizes the layer norm of rows.
+) -> list[tuple[Array, Array | None]]:
+  """Quantizes the layer norm of rows, for several layers at once.
 
   Args:
     x: bfloat16 or float32[M, C].
-    gain: float32[C], the norm's scale.
-    shift: float32[C], the norm's bias.
-    grid: float32[4], see `grid_numbers`.
+    gain: float[C], the norm's scale.
+    shift: float[C], the norm's bias.
+    grids: of every layer float32[4], see `grid_numbers`.
     epsilon: of the norm.
     sums: also return sums over channels.
     rows: of a tile, a power of two that divides M.
@@ -178,7 +181,8 @@ def layer_norm_quantize(
     interpret: run on any device, slowly.
 
   Returns:
-    int8[M, C], codes minus the offset, and int32[M], their sums, or None.
+    For every layer int8[M, C], codes minus the offset, and int32[M], their
+    sums, or None.
 
   Raises:
     ValueError: the rows do not divide into tiles.
@@ -189,7 +193,7 @@ def layer_norm_quantize(
   padded = pl.next_power_of_2(depth)
   whole = padded == depth
 
-  def kernel(x_ref, gain_ref, shift_ref, grid_ref, a_ref, *sum_refs):
+  def kernel(x_ref, gain_ref, shift_ref, grid_ref, *out_refs):
     line = pl.program_id(0) * rows + jnp.arange(rows)
     channels = jnp.arange(padded)
     exists = channels < depth
@@ -208,26 +212,35 @@ def layer_norm_quantize(
     y = centred * jax.lax.rsqrt(variance + epsilon)
     y = y * load(gain_ref, channels, exists)[None]
     y += load(shift_ref, channels, exists)[None]
-    codes = _rounded(y * grid_ref[0], grid_ref[1], grid_ref[2])
-    codes += grid_ref[3].astype(jnp.int32)
-    plgpu.store(
-      a_ref.at[square], codes.astype(jnp.int8), mask=None if whole else inside
-    )
-    for ref in sum_refs:
-      plgpu.store(ref.at[line], jnp.sum(jnp.where(inside, codes, 0), 1))
+    for i in range(len(grids)):
+      inverse, low, high, offset = (grid_ref[4 * i + j] for j in range(4))
+      codes = _rounded(y * inverse, low, high) + offset.astype(jnp.int32)
+      plgpu.store(
+        out_refs[i].at[square],
+        codes.astype(jnp.int8),
+        mask=None if whole else inside,
+      )
+      if sums:
+        total = jnp.sum(jnp.where(inside, codes, 0), 1)
+        plgpu.store(out_refs[len(grids) + i].at[line], total)
 
-  shapes: list[Any] = [jax.ShapeDtypeStruct((m, depth), jnp.int8)]
+  shapes: list[Any] = [
+    jax.ShapeDtypeStruct((m, depth), jnp.int8) for _ in grids
+  ]
   if sums:
-    shapes.append(jax.ShapeDtypeStruct((m,), jnp.int32))
-  a, *rest = pl.pallas_call(
+    shapes += [jax.ShapeDtypeStruct((m,), jnp.int32) for _ in grids]
+  found = pl.pallas_call(
     kernel,
     grid=(m // rows,),
     out_shape=shapes,
     compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
     interpret=interpret,
     name='layer_norm_quantize',
-  )(x, gain, shift, grid)
-  return a, rest[0] if sums else None
+  )(x, gain, shift, jnp.concatenate(grids))
+  return [
+    (found[i], found[len(grids) + i] if sums else None)
+    for i in range(len(grids))
+  ]
 
 
 def _rounded(y: Array, low: Array, high: Array) -> Array:

@@ -34,8 +34,14 @@ def _deepest(channels):
 
 def _epilogue(n, residual=None, grid=None):
   numbers = _S((n,), jnp.int32)
-  bias = _S((n,), jnp.bfloat16)
-  return Epilogue(_S((n,), jnp.float32), bias, numbers, numbers, residual, grid)
+  return Epilogue(
+    _S((n,), jnp.float32),
+    bias=_S((n,), jnp.bfloat16),
+    shift=numbers,
+    correction=numbers,
+    residual=residual,
+    grid=grid,
+  )
 
 
 @pytest.mark.parametrize('side, channels', _LEVELS[1:3])
@@ -84,10 +90,11 @@ def test_norms(side, channels):
 
 @pytest.mark.parametrize('side, channels', _LEVELS[1:])
 def test_layer_norms(side, channels):
+  grid = _S((4,), jnp.float32)
   _lower(
     norm.layer_norm_quantize,
     _S((_BATCH * side**2, channels), jnp.bfloat16),
-    _S((channels,), jnp.float32),
-    _S((channels,), jnp.float32),
-    _S((4,), jnp.float32),
+    _S((channels,), jnp.bfloat16),
+    _S((channels,), jnp.bfloat16),
+    (grid, grid, grid),
   )

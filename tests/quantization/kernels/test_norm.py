@@ -51,20 +51,33 @@ def test_norm_and_quantization_are_those_of_plain_jax(
     assert difference.max() == 0
 
 
-def test_layer_norm_and_quantization_are_those_of_plain_jax():
+@pytest.mark.parametrize('sums', [True, False])
+def test_layer_norm_and_quantization_are_those_of_plain_jax(sums):
   rng = np.random.default_rng(5)
   depth = 48
   x = 3 + _floats(rng, (16, depth), jnp.bfloat16)
   gain, shift = _floats(rng, depth), _floats(rng, depth)
-  step = np.float32(2.0**-5)
-  got, sums = norm.layer_norm_quantize(
-    x, gain, shift, norm.grid_numbers(1 / step, 120.0, 128), interpret=True
-  )
   y = x.astype(jnp.float32)
   y -= y.mean(1, keepdims=True)
   y *= jax.lax.rsqrt(jnp.mean(y * y, 1, keepdims=True) + 1e-5)
-  grid = affine.QParams(step, np.float32(120), 8)
-  want = affine.quantize(y * gain + shift, grid).codes.astype(jnp.int32) - 128
-  difference = np.abs(got.astype(jnp.int32) - want)
-  assert difference.max() <= 1 and np.mean(difference != 0) < 5e-3
-  np.testing.assert_array_equal(sums, jnp.sum(got, 1, dtype=jnp.int32))
+  steps, zeros = (2.0**-5, 2.0**-4), (120.0, 30.0)
+  found = norm.layer_norm_quantize(
+    x,
+    gain,
+    shift,
+    tuple(
+      norm.grid_numbers(1 / step, zero, 128)
+      for step, zero in zip(steps, zeros, strict=True)
+    ),
+    sums=sums,
+    interpret=True,
+  )
+  for (got, total), step, zero in zip(found, steps, zeros, strict=True):
+    grid = affine.QParams(np.float32(step), np.float32(zero), 8)
+    codes = affine.quantize(y * gain + shift, grid).codes
+    difference = np.abs(got.astype(jnp.int32) + 128 - codes.astype(jnp.int32))
+    assert difference.max() <= 1 and np.mean(difference != 0) < 5e-3
+    if sums:
+      np.testing.assert_array_equal(total, jnp.sum(got, 1, dtype=jnp.int32))
+    else:
+      assert total is None

@@ -24,6 +24,7 @@ def _epilogue(rng, n, shape, names):
   every = {
     'bias': _floats(rng, n, jnp.bfloat16),
     'shift': jnp.asarray(rng.integers(-3, 4, n), jnp.int32),
+    'row_sums': None,
     'correction': jnp.asarray(rng.integers(-(10**4), 10**4, n), jnp.int32),
     'residual': _floats(rng, (*shape, n), jnp.bfloat16),
   }
@@ -58,13 +59,23 @@ def _params():
 
 
 @pytest.mark.parametrize(
-  'names', [(), ('bias', 'shift', 'residual'), ('bias', 'correction')]
+  'names',
+  [
+    (),
+    ('bias', 'shift', 'residual'),
+    ('bias', 'correction'),
+    ('shift', 'row_sums'),
+    ('row_sums',),
+  ],
 )
 def test_a_linear_layer_is_that_of_plain_jax(names):
   rng = np.random.default_rng(0)
   m, depth, n = 384, 192, 128
   a, k = _int8(rng, (m, depth)), _int8(rng, (n, depth))
   epilogue = _epilogue(rng, n, (m,), names)
+  sums = jnp.sum(a, 1, keepdims=True, dtype=jnp.int32)
+  if 'row_sums' in names:
+    epilogue = epilogue._replace(row_sums=sums[:, 0])
   got = products.linear(
     a,
     k,
@@ -72,7 +83,6 @@ def test_a_linear_layer_is_that_of_plain_jax(names):
     tiles=Tiles(rows=64, n=64, k=64, stages=2, blocks=2),
     interpret=_params(),
   )
-  sums = jnp.sum(a, 1, keepdims=True, dtype=jnp.int32)
   total = a.astype(jnp.int32) @ k.T.astype(jnp.int32)
   _equal(got, _rescaled(total, sums, epilogue))
 
