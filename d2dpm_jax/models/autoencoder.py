@@ -210,7 +210,8 @@ class VectorQuantizer(nn.Module):
     z = z.astype(jnp.float32)
 
     def nearest(row):  # float[B, w, C]
-      dot = jnp.einsum('bwc,nc->bwn', row, codes, precision='highest')
+      # Few products each: without a matrix, sums and the search are one loop.
+      dot = sum(row[..., i, None] * codes[:, i] for i in range(self.embed_dim))
       square = jnp.sum(row**2, axis=-1, keepdims=True)
       return jnp.argmin(square + norms - 2 * dot, axis=-1)
 

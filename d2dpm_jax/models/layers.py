@@ -154,6 +154,10 @@ class _Steps(nn.Module):
     h = nn.silu(h) if silu else h
     return self(h) if residual is None else self.plus(h, residual)  # type: ignore[operator]
 
+  def after_upsample(self, x: jax.Array) -> jax.Array:
+    """The layer of `upsample_nearest`."""
+    return self(upsample_nearest(x))  # type: ignore[operator]
+
   def all_after_norm(
     self, others: tuple[nn.Module, ...], norm: nn.Module, x: jax.Array
   ) -> tuple[jax.Array, ...]:

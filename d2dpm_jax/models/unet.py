@@ -25,8 +25,8 @@ class Upsample(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps float[B, H, W, C] to float[B, 2H, 2W, C]."""
-    x = layers.upsample_nearest(x)
-    return layers.conv(x.shape[-1], dtype=self.dtype, name='conv')(x)
+    conv = layers.conv(x.shape[-1], dtype=self.dtype, name='conv')
+    return conv.after_upsample(x)
 
 
 class Downsample(nn.Module):
@@ -225,8 +225,9 @@ class UNet(nn.Module):
           factor //= 2
         block += 1
 
-    h = nn.silu(layers.GroupNorm32(name='out_0')(h))
-    return layers.conv(self.out_channels, zero_init=True, name='out_2')(h)
+    norm = layers.GroupNorm32(name='out_0')
+    out = layers.conv(self.out_channels, zero_init=True, name='out_2')
+    return out.after_norm(norm, h)
 
   @nn.nowrap
   def _check(self, x: jax.Array, context: jax.Array | None) -> None:

@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import jax
 
 from d2dpm_jax.pipelines import layer_bits, setup
-from d2dpm_jax.quantization import transform
-from d2dpm_jax.quantization.kernels import products
+from d2dpm_jax.quantization import fused, transform
 from d2dpm_jax.runtime import files
 
 # Faster is meant beyond what measuring again changes.
@@ -64,8 +63,8 @@ def choose(model: setup.Model) -> Kernels:
       of this model, or the devices have no fused kernels.
   """
   kernels = model.config.quant.kernels
-  fused = kernels in ('auto', 'fused') and has_fused()
-  if kernels == 'fused' and not fused:
+  can = kernels in ('auto', 'fused') and has_fused()
+  if kernels == 'fused' and not can:
     raise ValueError(
       '--config.quant.kernels=fused needs an NVIDIA GPU of compute capability '
       f"{_HOPPER}, and this is {jax.devices()[0].device_kind}: take 'auto'."
@@ -77,9 +76,9 @@ def choose(model: setup.Model) -> Kernels:
   layers = layer_bits.list_layers(model)
   if kernels in ('auto', 'fused'):
     slow = [
-      x.path for x in layers if _slow_in_int8(x) and not (fused and _fits(x))
+      x.path for x in layers if _slow_in_int8(x) and not (can and _fits(x))
     ]
-    return Kernels(frozenset(slow), fused)
+    return Kernels(frozenset(slow), can)
   return Kernels(_faster_in_bfloat16(kernels, layers), False)
 
 
@@ -120,13 +119,8 @@ def _slow_in_int8(layer: transform.Layer) -> bool:
 
 def _fits(layer: transform.Layer) -> bool:
   """Whether the fused kernels take it, given enough images."""
-  *taps, inputs, outputs = layer.kernel_shape
-  images = products.LEAST_ROWS
-  if taps and taps[0] > 1:
-    shape = (images, *layer.output_shape[1:-1])
-    same = layer.input_shape[1:-1] == layer.output_shape[1:-1]
-    return same and products.fit_conv(shape, inputs, outputs)
-  return products.fit(images, inputs, outputs)
+  same = layer.input_shape[1:-1] == layer.output_shape[1:-1]
+  return same and fused.takes(layer.kernel_shape)
 
 
 def _measured(path: pathlib.Path) -> Mapping[str, Mapping[str, Any]]:

@@ -39,7 +39,9 @@ class FusedLayer:
 
   Attributes:
     plain: the same layer for XLA, where a shape does not fit.
-    kernel: int8[O, K], k of `integer`, K = KH KW I.
+    kernel: int8[O, K], k of `integer`, K = KH KW I. Outputs of convolutions,
+      here and below, are padded to the least that a tile has.
+    scale: float32[O].
     shift: int32[O], B, or None.
     correction: int32[O], or None.
     grid: float32[4] of the input, see `norm.grid_numbers`.
@@ -47,6 +49,7 @@ class FusedLayer:
 
   plain: IntegerLayer
   kernel: Array
+  scale: Array
   shift: Array | None
   correction: Array | None
   grid: Array
@@ -56,25 +59,43 @@ class FusedLayer:
     return self.plain.kernel.ndim == 4 and self.plain.kernel.shape[0] == 3
 
 
+def takes(kernel_shape: tuple[int, ...]) -> bool:
+  """Whether there are kernels for a layer, given enough rows and no strides."""
+  *taps, inputs, outputs = kernel_shape
+  if tuple(taps) == (3, 3):
+    outputs = max(outputs, products.LEAST_CHANNELS)
+  elif taps and tuple(taps) != (1, 1):
+    return False
+  return products.fit(products.LEAST_ROWS, inputs, outputs)
+
+
+def _pad_outputs(x: Array) -> Array:
+  """Zeros behind the first axis, where a tile has more outputs."""
+  missing = max(products.LEAST_CHANNELS - len(x), 0)
+  return jnp.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)])
+
+
 def ready(layer: IntegerLayer) -> FusedLayer | IntegerLayer:
   """From what `integer.ready` returns; that itself, if no kernel takes it."""
   kernel = layer.kernel
   if layer.floats or (layer.corrected and not layer.zero_code):
     return layer
-  if kernel.ndim == 4 and kernel.shape[:2] not in ((1, 1), (3, 3)):
-    return layer
-  if not products.fit(products.LEAST_ROWS, layer.inputs, kernel.shape[-1]):
+  if not takes(kernel.shape):
     return layer
   shift, correction = layer.shift, layer.correction
   if shift is not None:
     shift = jnp.broadcast_to(shift.astype(jnp.int32), kernel.shape[-1:])
+    shift = _pad_outputs(shift)
+  if correction is not None:
+    correction = _pad_outputs(correction.reshape(-1))
   offset = integer.act_offset(layer)
   act = layer.act
   return FusedLayer(
     plain=layer,
-    kernel=products.kernel_layout(kernel),
+    kernel=_pad_outputs(products.kernel_layout(kernel)),
+    scale=_pad_outputs(layer.scale),
     shift=shift,
-    correction=None if correction is None else correction.reshape(-1),
+    correction=correction,
     grid=norm.grid_numbers(1 / act.scale, act.zero_point, offset, act.bits),
   )
 
@@ -100,7 +121,7 @@ def run(
     *args: of the method.
     **kwargs: of the method.
   """
-  if module.dtype != jnp.bfloat16 or method not in _METHODS:
+  if method not in _METHODS:
     return None
   return _METHODS[method](module, layers, *args, **kwargs)
 
@@ -115,14 +136,41 @@ def _plus(
 ) -> Array | None:
   """The layer itself, with a residual or without."""
   layer = _of(module, layers)
-  if layer is None or not _fits(module, layer, x.shape, residual):
+  if (
+    layer is None
+    or module.dtype != jnp.bfloat16
+    or not _fits(module, layer, x.shape, residual)
+  ):
     return None
   a = integer.input_operand(layer.plain, x)
-  if layer.is_3x3:
-    ends = [(0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)]
-    zero = (-integer.act_shift(layer.plain)).astype(jnp.int8)
-    a = jax.lax.pad(a, zero, ends)
-  return _product(module, layer, a, None, residual)
+  return _product(module, layer, _padded(layer, a), None, residual)
+
+
+def _padded(layer: FusedLayer, a: Array) -> Array:
+  """Codes with those of zero around, if a 3x3 convolution is to see them."""
+  if not layer.is_3x3:
+    return a
+  ends = [(0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)]
+  zero = (-integer.act_shift(layer.plain)).astype(jnp.int8)
+  return jax.lax.pad(a, zero, ends)
+
+
+def _after_upsample(
+  module: nn.Module, layers: Layers, x: Array
+) -> Array | None:
+  """Doubles codes: a quarter of the numbers is quantized."""
+  layer = _of(module, layers)
+  b, height, width, depth = x.shape
+  shape = (b, 2 * height, 2 * width, depth)
+  if (
+    layer is None
+    or module.dtype != jnp.bfloat16
+    or not _fits(module, layer, shape, None)
+  ):
+    return None
+  a = integer.input_operand(layer.plain, x)[:, :, None, :, None]
+  a = jnp.broadcast_to(a, (b, height, 2, width, 2, depth)).reshape(shape)
+  return _product(module, layer, _padded(layer, a), None, None)
 
 
 def _after_norm(
@@ -139,6 +187,7 @@ def _after_norm(
   if (
     layer is None
     or x.ndim != 4
+    or x.dtype != jnp.bfloat16
     or not layer.plain.zero_code
     or not _fits(module, layer, x.shape, residual)
   ):
@@ -166,9 +215,13 @@ def _all_after_norm(
   modules = (module, *others)
   found = [_of(m, layers) for m in modules]
   wanted = [layer for layer in found if layer is not None]
-  if len(wanted) < len(modules) or not all(
-    _fits(m, layer, x.shape, None)
-    for m, layer in zip(modules, wanted, strict=True)
+  if (
+    len(wanted) < len(modules)
+    or x.dtype != jnp.bfloat16
+    or not all(
+      _fits(m, layer, x.shape, None)
+      for m, layer in zip(modules, wanted, strict=True)
+    )
   ):
     return None
   operands = _layer_norm(layer_norm, wanted, x)
@@ -187,7 +240,11 @@ def _after_gate(
 ) -> Array | None:
   layer = _of(module, layers)
   first = layers.get(f'{transform.path_of(gate)}/proj')
-  if layer is None or not isinstance(first, FusedLayer):
+  if (
+    layer is None
+    or x.dtype != jnp.bfloat16
+    or not isinstance(first, FusedLayer)
+  ):
     return None
   rows, inner = math.prod(x.shape[:-1]), (*x.shape[:-1], layer.plain.inputs)
   if not products.fit_gated(rows, x.shape[-1], len(first.kernel)) or not _fits(
@@ -249,7 +306,7 @@ def _epilogue(
   residual: Array | None = None,
 ) -> products.Epilogue:
   return products.Epilogue(
-    scale=layer.plain.scale,
+    scale=layer.scale,
     bias=bias,
     shift=layer.shift,
     row_sums=row_sums,
@@ -267,10 +324,19 @@ def _product(
 ) -> Array:
   """The layer of codes, which are padded for a 3x3 convolution."""
   bias = module.variables.get('params', {}).get('bias')
+  outputs = layer.plain.kernel.shape[-1]
   if layer.is_3x3:
-    epilogue = _epilogue(layer, bias, row_sums, residual)
-    return products.conv(a, layer.kernel, epilogue, interpret=_interpret())
-  shape = (*a.shape[:-1], len(layer.kernel))
+    if bias is not None:
+      bias = _pad_outputs(bias)
+    y = products.conv(
+      a,
+      layer.kernel,
+      _epilogue(layer, bias, row_sums, residual),
+      dtype=module.dtype or jnp.float32,
+      interpret=_interpret(),
+    )
+    return y[..., :outputs]
+  shape = (*a.shape[:-1], outputs)
   if residual is not None:
     residual = residual.reshape(-1, shape[-1])
   epilogue = _epilogue(layer, bias, row_sums, residual)
@@ -282,6 +348,7 @@ def _product(
 _METHODS: dict[str, Any] = {
   '__call__': _plus,
   'plus': _plus,
+  'after_upsample': _after_upsample,
   'after_norm': _after_norm,
   'all_after_norm': _all_after_norm,
   'after_gate': _after_gate,

@@ -52,7 +52,8 @@ WARPGROUPS = 2  # That multiply.
 _ONES = 8  # Columns of ones that sum up rows; the least that WGMMA takes.
 _REGISTERS = (40, 232)  # Of a thread that copies, and one that multiplies.
 _MULTIPROCESSORS = 132
-_TO_EVEN = lax.RoundingMethod.TO_NEAREST_EVEN
+_ROUND = np.float32(1.5 * 2**23)  # See `norm`.
+_ROUND_BITS = int(_ROUND.view(np.int32))
 _ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 
 
@@ -116,6 +117,7 @@ def product(
   tiles: Tiles,
   *,
   name: str,
+  dtype: Any = jnp.bfloat16,
   interpret: Any = None,
 ) -> Array:
   """`((a k' + sum(a) shift + correction) scale + bias) + residual`.
@@ -127,10 +129,11 @@ def product(
     rows: see there.
     tiles: see there.
     name: of the kernel.
+    dtype: of the result, bfloat16 or float32, if it has no grid.
     interpret: what `plgpu.kernel` takes.
 
   Returns:
-    bfloat16[*rows.shape, N]; with a grid int8[*rows.shape, N / 2], codes minus
+    dtype[*rows.shape, N]; with a grid int8[*rows.shape, N / 2], codes minus
     their offset.
 
   Raises:
@@ -146,7 +149,8 @@ def product(
     given.pop('row_sums', None)
   elif 'row_sums' not in given:
     given['ones'] = jnp.ones((_ONES, tiles.k), jnp.int8)
-  plan = _Plan(tiles, rows, n, depth, frozenset(given))
+  dtype = jnp.int8 if epilogue.grid is not None else dtype
+  plan = _Plan(tiles, rows, n, depth, dtype, frozenset(given))
   scratch = plan.scratch()
   names = ('a', 'k', *given, 'y', *scratch)
 
@@ -173,7 +177,8 @@ def product(
     num_threads=WARPGROUPS + 1,
     thread_name='warpgroup',
     compiler_params=plgpu.CompilerParams(
-      lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+      approx_math=True,  # Of exponentials and roots in `_gelu`, to 2**-22.
     ),
     interpret=interpret,
     kernel_name=name,
@@ -187,15 +192,12 @@ class _Plan(NamedTuple):
   rows: Rows
   n: int
   depth: int
+  dtype: Any
   given: frozenset[str]
 
   @property
   def gated(self) -> bool:
     return 'grid' in self.given
-
-  @property
-  def dtype(self) -> Any:
-    return jnp.int8 if self.gated else jnp.bfloat16
 
   @property
   def columns(self) -> int:
@@ -417,7 +419,9 @@ class _Block:
         y *= _gelu(rescaled(1, first))
         numbers = refs['grid']
         y = jnp.minimum(jnp.maximum(y * numbers[0], numbers[1]), numbers[2])
-        y = lax.round(y, _TO_EVEN) + numbers[3]
+        # Rounds half to even, and leaves whole numbers in the low bits.
+        y = lax.bitcast_convert_type(y + (_ROUND + numbers[3]), jnp.int32)
+        y -= _ROUND_BITS
       staged[:, part] = y.astype(plan.dtype)
 
   def _rescaled(self, total: Array, row_sums: Array | None, here: Any) -> Array:
@@ -476,7 +480,7 @@ def _gelu(x: Array) -> Array:
   Source: Abramowitz and Stegun, 7.1.26.
   """
   z = jnp.abs(x) * np.float32(0.5**0.5)
-  t = 1.0 / (1.0 + np.float32(0.3275911) * z)
+  t = jnp.square(lax.rsqrt(1.0 + np.float32(0.3275911) * z))  # No division.
   tail = jnp.exp2(z * z * np.float32(-np.log2(np.e)))
   series = jnp.zeros_like(x)
   for factor in _ERF[::-1]:

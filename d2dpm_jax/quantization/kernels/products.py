@@ -9,6 +9,7 @@ has one of every shape.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -26,7 +27,7 @@ _SIDE = 3  # Of the kernel of a convolution.
 _SHARED_BYTES = 220_000
 _STAGES = 6  # More do not help.
 LEAST_ROWS = Tiles().height
-_LEAST = 64  # Channels that a tile must be able to have.
+LEAST_CHANNELS = 64  # Channels that a tile must be able to have.
 _LINE = 8  # Rows that shared memory has together, of images in a tile.
 _WIDTHS = (192, 256, 224, 128, 96, 64)  # Columns of a tile, the best first.
 _EVEN_WIDTHS = (256, 128)  # Of two halves.
@@ -59,7 +60,7 @@ def fit(rows: int, inputs: int, outputs: int) -> bool:
   """Whether `linear` takes int8[rows, inputs] to [rows, outputs]."""
   return (
     rows % LEAST_ROWS == 0
-    and inputs % _LEAST == 0
+    and inputs % LEAST_CHANNELS == 0
     and _width(outputs) is not None
   )
 
@@ -180,12 +181,13 @@ def kernel_layout(k: Array) -> Array:
   return jnp.moveaxis(k, -1, 0).reshape(k.shape[-1], -1)
 
 
-@functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
+@functools.partial(jax.jit, static_argnames=('dtype', 'tiles', 'interpret'))
 def conv(
   a: Array,
   k: Array,
   epilogue: Epilogue,
   *,
+  dtype: Any = jnp.bfloat16,
   tiles: Tiles | None = None,
   interpret: Any = None,
 ) -> Array:
@@ -198,11 +200,12 @@ def conv(
     a: int8[B, H + 2, W + 2, I], padded already.
     k: int8[O, 9 I], see `kernel_layout`.
     epilogue: without a grid; the residual is bfloat16[B, H, W, O].
+    dtype: of the result, bfloat16 or float32.
     tiles: k divides I. None chooses.
     interpret: what `plgpu.kernel` takes.
 
   Returns:
-    bfloat16[B, H, W, O].
+    dtype[B, H, W, O].
 
   Raises:
     ValueError: shapes do not fit each other or the tiles.
@@ -211,6 +214,8 @@ def conv(
   height, width = height - 2, width - 2
   n = k.shape[0]
   tiles = tiles or _conv_tiles(b * height * width, depth, n)
+  if dtype == jnp.float32:  # A line of shared memory has 128 bytes.
+    tiles = dataclasses.replace(tiles, columns=32)
   images = math.gcd(b, tiles.rows)
   if (
     k.shape[1] != _SIDE**2 * depth
@@ -253,6 +258,7 @@ def conv(
     hopper.Rows(b * pixels, parts, operand, outcome, (b, pixels)),
     tiles,
     name='conv',
+    dtype=dtype,
     interpret=interpret,
   )
   return y.reshape(b, height, width, n)
