@@ -222,7 +222,7 @@ def operations(model: setup.Model) -> dict[str, int]:
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype)
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _measure_run(
