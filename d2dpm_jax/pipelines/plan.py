@@ -15,6 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from d2dpm_jax.pipelines import (
+  artifacts,
   batch_size,
   benchmark,
   calibrate,
@@ -192,7 +193,7 @@ def _calibrate(model: setup.Model, paths: files.Workdir) -> _Plan:
     )
   )
   stored = len(list((paths.calibration / 'units').glob('*.npz')))
-  finished = paths.quantized.exists()
+  finished = artifacts.is_finished(paths)
   steps = len(generation.rows_of(model.ldm, model.sampler).t)
   latents = steps * int(np.prod(model.ldm.latent_shape))
   spool = 8 * images * latents + 4 * config.statistics.num_samples * latents
@@ -293,9 +294,11 @@ def _sample(model: setup.Model, paths: files.Workdir) -> _Plan:
     sample.check_labels(model, np.asarray(settings.labels, np.int32))
   reads = [_weights(model, paths)]
   if settings.quantized or settings.compare:
-    there = paths.quantized.exists()
+    there = artifacts.is_finished(paths)
     missing = ': MISSING; --mode calibrate makes them'
     reads.append(f'quantizers {paths.quantized}{"" if there else missing}')
+    if there and not settings.compare and ': MISSING' in reads[0]:
+      reads = reads[1:]  # They are enough.
   names = ['samples.npz', 'grid.png']
   wanted = settings.num_images
   done = shards.Shards(paths.shards).count(wanted)

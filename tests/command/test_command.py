@@ -160,6 +160,9 @@ def test_plan_of_a_calibration(capsys, tiny, few, tmp_path):
   assert done == total and int(total) > 0
   assert 'Time, predicted:\n  nothing is left to do' in text
   assert re.search(r'It took \d+ s the last time', text)
+  sample = ['sample' if flag == 'calibrate' else flag for flag in flags]
+  text = _call(capsys, *sample, few, '--config.checkpoint.path=not/there')
+  assert 'quantizers ' in text and 'MISSING' not in text
   run = json.loads((few / 'runs.json').read_text())[0]
   assert run['mode'] == 'calibrate' and run['config'] == f'{_CONFIG}:few'
   assert run['command'].startswith('python main.py --config ')
