@@ -44,9 +44,12 @@ def text(seconds: float) -> str:
   return f'{seconds:.0f} s'
 
 
-def _tera(number: float) -> str:
-  tera = number / 1e12
-  return f'{tera:.3g} T' if tera < 1000 else f'{tera:.0f} T'
+def _operations(number: float) -> str:
+  """In a unit that suits it."""
+  for unit, size in (('P', 1e15), ('T', 1e12), ('G', 1e9), ('M', 1e6)):
+    if number >= size:
+      return f'{number / size:.3g} {unit}OP'
+  return f'{number:.0f} OP'
 
 
 class Sampling:
@@ -90,10 +93,10 @@ class Sampling:
     """A line of the plan: how long these operations of a network take."""
     rate = self.rate(quantized)
     if rate is None:
-      return f'{what}, {_tera(operations)}OP: {UNKNOWN}'
+      return f'{what}, {_operations(operations)}: {UNKNOWN}'
     return (
       f'{what}: about {text(operations / rate.per_second)} at '
-      f'{_tera(rate.per_second)}OP/s ({rate.basis}), and compiling'
+      f'{_operations(rate.per_second)}/s ({rate.basis}), and compiling'
     )
 
   def images(self, count: int, quantized: bool, what: str = 'images') -> str:
@@ -148,8 +151,7 @@ class Sampling:
       return None
     rows = _lines(self._paths.samples / 'metrics.jsonl')
     rates = [row['images_per_second'] for row in rows]
-    if len(rates) > 1:
-      del rates[0]  # Programs were compiled in it.
+    del rates[:1]  # Programs were compiled in it.
     if not rates:
       return None
     per_second = averages.median(rates) * self.operations['image']

@@ -150,7 +150,7 @@ def test_plan_of_a_calibration(capsys, tiny, few, tmp_path):
   assert 'trajectories: 0 of 15 images' in text
   assert re.search(r'quantization: 0 of \d+ units', text)
   assert re.search(r'\d+ MB on each of 1 device', text)
-  assert re.search(r'\n  15 trajectories, [\d.e-]+ TOP: not known', text)
+  assert re.search(r'\n  15 trajectories, [\d.]+ [GM]OP: not known', text)
   assert re.search(r'learning: (\d+) of \1 units left', text)
   assert 'rates are measured by --mode benchmark' in text
   assert not (tmp_path / 'work').exists()

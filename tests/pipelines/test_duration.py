@@ -63,7 +63,7 @@ def test_nothing_is_known(model, paths):
   sampling = duration.Sampling(model, paths)
   assert sampling.rate(True) is sampling.rate(False) is None
   lines = [sampling.images(64, True)]
-  assert re.fullmatch(r'64 images, [\d.e-]+ TOP: not known', lines[0])
+  assert re.fullmatch(r'64 images, [\d.]+ GOP: not known', lines[0])
   hint = sampling.with_hint(lines)[-1]
   assert 'benchmark.what=sampling' in hint and "'(4,)'" in hint
   runs = re.search(r'runs="(\(.*\))"', hint)[1]
@@ -136,6 +136,9 @@ def test_rate_of_images_that_are_there(model, paths, per_image):
   assert rate.per_second == pytest.approx(5 * per_image)
   assert rate.basis == 'the images that are there'
   _write(paths.shards / 'settings.json', {**settings, 'microbatch': 8})
+  assert 'job' in duration.Sampling(model, paths).rate(False).basis
+  _write(paths.shards / 'settings.json', settings)
+  _write_lines(paths.samples / 'metrics.jsonl', rows[:1])  # Of compiling.
   assert 'job' in duration.Sampling(model, paths).rate(False).basis
 
 
