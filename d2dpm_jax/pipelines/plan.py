@@ -411,8 +411,6 @@ def _evaluate(model: setup.Model, paths: files.Workdir) -> _Plan:
     missing = ': MISSING; --mode sample makes them'
     samples = f'{paths.samples}{"" if there else missing}'
   reference = _images(settings.reference)
-  if not reference and settings.save_statistics:
-    reference = f'(none; {settings.save_statistics} is made)'
   reference = reference or 'MISSING; set --config.evaluate.reference'
   return _Plan(
     [f'samples {samples}', f'reference {reference}'],
