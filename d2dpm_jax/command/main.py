@@ -156,7 +156,8 @@ def _dispatch(options: Options) -> None:
     return
   if options.words:
     raise ValueError(f'Unexpected arguments: {" ".join(options.words)}')
-  pipeline = _pipeline(options.mode, options.cluster)
+  # A plan needs no other processes.
+  pipeline = _pipeline(options.mode, options.cluster, not options.dry_run)
   workdir = options.workdir or f'out/{options.path.stem}'
   if options.dry_run:
     print(_plan(options, workdir))
@@ -218,7 +219,9 @@ def _record(options: Options, workdir: str, seconds: float, peak: int) -> None:
 
 
 def _pipeline(
-  mode: str | None, cluster: Sequence[Any] = (None, None, None)
+  mode: str | None,
+  cluster: Sequence[Any] = (None, None, None),
+  joins: bool = True,
 ) -> Any:
   """Imports late: --help and flag errors need no JAX."""
   if mode is None:
@@ -233,10 +236,10 @@ def _pipeline(
   found = processes.cluster(*cluster, os.environ)
   if found is not None:  # Before anybody waits for the others.
     _check_shared(mode, found.num_processes)
-  processes.initialize(*cluster)
-  _check_shared(
-    mode, processes.count()
-  )  # A TPU pod says it when all are there.
+  if joins:
+    processes.initialize(*cluster)
+    # A TPU pod says it when all are there.
+    _check_shared(mode, processes.count())
   if not processes.is_first():
     logging.getLogger('d2dpm_jax').setLevel(logging.WARNING)
   return importlib.import_module(f'd2dpm_jax.pipelines.{mode}')

@@ -77,6 +77,7 @@ def evaluate(
     ValueError: settings or images are not as they should be.
   """
   times = times or progress.Times()
+  config = setup.resolve(config)
   settings = config.evaluate
   check(settings)
   names = image_names.split(settings.samples)

@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from d2dpm_jax.evaluation import image_sets
-from d2dpm_jax.pipelines import evaluate, judges
+from d2dpm_jax.pipelines import evaluate, judges, setup
 from d2dpm_jax.runtime import files, progress
 
 _log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def measure(
   Raises:
     ValueError: fewer than two images, or no place for them.
   """
-  config = config.copy_and_resolve_references()
+  config = setup.resolve(config).copy_and_resolve_references()
   settings = config.evaluate
   if settings.network == 'inception' and not settings.inception:
     settings.inception = 'random:0'

@@ -54,6 +54,35 @@ class StepInputs(NamedTuple):
   row: ddim.Rows  # Scalars.
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Empty:
+  """An array without elements; no argument of a program."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+def arguments(tree: Any) -> Any:
+  """`tree` without its empty arrays, which stand for dropped kernels.
+
+  Programs make them themselves: XLA of jaxlib 0.11 crashes on empty arguments
+  of a program for several devices.
+  """
+  return jax.tree.map(
+    lambda x: x if np.size(x) else _Empty(np.shape(x), x.dtype), tree
+  )
+
+
+def _complete(tree: Any) -> Any:
+  """Inverse of `arguments`, inside a program."""
+
+  def one(x):
+    return jnp.zeros(x.shape, x.dtype) if isinstance(x, _Empty) else x
+
+  return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, _Empty))
+
+
 def step_inputs(
   inputs: Inputs, rows: ddim.Rows, step: int, correct: Any = None
 ) -> StepInputs:
@@ -292,19 +321,21 @@ class Program:
     mesh = devices.mesh()
     self._devices = mesh.size
 
-    fn = jax.jit(fn)  # Traced once for shapes and values.
+    @jax.jit  # Traced once for shapes and values.
+    def one(inputs, *arrays):
+      return fn(_complete(inputs), *arrays)
 
     def local(inputs, steps, *arrays):
       parts = [a.reshape(-1, microbatch, *a.shape[1:]) for a in arrays]
 
       def add(i, out):
-        part = fn(inputs, *(a[i] for a in parts))
+        part = one(inputs, *(a[i] for a in parts))
         return jax.tree.map(lambda all_, one: all_.at[i].set(one), out, part)
 
       room = len(parts[0])
       out = jax.tree.map(
         lambda like: jnp.zeros((room, *like.shape), like.dtype),
-        jax.eval_shape(fn, inputs, *(a[0] for a in parts)),
+        jax.eval_shape(one, inputs, *(a[0] for a in parts)),
       )
       out = jax.lax.fori_loop(0, steps, add, out)
       return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
@@ -345,18 +376,20 @@ class Program:
     """
     shape, filled = self._fill(arrays, room)
     steps = np.int32(shape[2] // self._microbatch)
-    out = self._sharded(inputs, steps, filled, len(arrays))
+    out = self._sharded(arguments(inputs), steps, filled, len(arrays))
     return Launched(out, shape, len(arrays[0]))
 
   def lower(self, inputs: Inputs | StepInputs, *arrays: np.ndarray) -> Any:
     """Traces for a batch of whole microbatches on all devices.
 
     Returns:
-      What `compile()` makes a function of: (inputs, steps, arrays) -> results,
-      steps being int32[], the microbatches of a device.
+      What `compile()` makes a function of: (`arguments(inputs)`, steps, arrays)
+      -> results, steps being int32[], the microbatches of a device.
     """
     _, filled = self._fill(arrays, 0)
-    return self._sharded.lower(inputs, np.int32(1), filled, len(arrays))
+    return self._sharded.lower(
+      arguments(inputs), np.int32(1), filled, len(arrays)
+    )
 
   def _fill(
     self, arrays: tuple[np.ndarray, ...], room: int

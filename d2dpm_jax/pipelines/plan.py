@@ -6,7 +6,8 @@ directory.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -14,21 +15,32 @@ import numpy as np
 from flax import traverse_util
 
 from d2dpm_jax.pipelines import (
+  artifacts,
   batch_size,
   benchmark,
   calibrate,
+  duration,
   evaluate,
   experiment,
+  experiment_grid,
   generation,
+  image_names,
   layer_bits,
   quantize,
   sample,
   setup,
+  shards,
   statistics,
   train,
   trajectories,
 )
-from d2dpm_jax.quantization import cost, memory, reconstruction
+from d2dpm_jax.quantization import (
+  cost,
+  memory,
+  reconstruction,
+  stored_units,
+  units,
+)
 from d2dpm_jax.runtime import files, runs
 
 
@@ -39,12 +51,14 @@ class _Plan:
   Attributes:
     reads: what has to be there, and whether it is.
     memory: what is needed, and of what.
+    time: what it would take, and what that is based on.
     phases: what is done already, of what the mode does in parts.
     writes: files below the work directory.
   """
 
   reads: Sequence[str] = ()
   memory: Sequence[str] = ()
+  time: Sequence[str] = ()
   phases: Sequence[str] = ()
   writes: Sequence[pathlib.Path] = ()
 
@@ -90,6 +104,7 @@ def describe(
   ]
   blocks = {
     'Memory, predicted from shapes:': plan.memory,
+    'Time, predicted:': plan.time,
     'Reads:': plan.reads,
     'Done already:': plan.phases,
     'Writes:': writes,
@@ -97,13 +112,20 @@ def describe(
   for title, block in blocks.items():
     if block:
       lines += [title, *(f'  {line}' for line in block)]
-  if seconds := runs.last_seconds(paths, mode):
-    lines.append(f'It took {seconds:.0f} s the last time in this directory.')
+  if run := runs.last(paths, mode):
+    lines += [
+      f'It took {run.get("seconds", 0):.0f} s the last time in this directory:',
+      f'  {run["command"]}',
+    ]
   return '\n'.join(lines)
 
 
 def _size(count: float) -> str:
-  return f'{count / 1e9:.1f} GB' if count >= 1e9 else f'{count / 1e6:.0f} MB'
+  if count >= 1e9:
+    return f'{count / 1e9:.1f} GB'
+  if count >= 1e6:
+    return f'{count / 1e6:.0f} MB'
+  return f'{count / 1e3:.0f} kB'
 
 
 def _changes(
@@ -171,6 +193,10 @@ def _calibrate(model: setup.Model, paths: files.Workdir) -> _Plan:
     )
   )
   stored = len(list((paths.calibration / 'units').glob('*.npz')))
+  finished = artifacts.is_finished(paths)
+  steps = len(generation.rows_of(model.ldm, model.sampler).t)
+  latents = steps * int(np.prod(model.ldm.latent_shape))
+  spool = 8 * images * latents + 4 * config.statistics.num_samples * latents
   return _Plan(
     [_weights(model, paths)],
     [
@@ -179,11 +205,15 @@ def _calibrate(model: setup.Model, paths: files.Workdir) -> _Plan:
       f'samples {_size(need.streams)}, work {_size(need.work)}',
       f'{_size(need.on_device(True, devices))} with '
       '--config.quant.reconstruction.host_streams=True',
+      f'{_size(spool)} of disk for trajectories',
     ],
+    ['nothing is left to do']
+    if finished
+    else _calibration_time(model, paths, images - made, listed),
     [
       f'trajectories: {made} of {images} images',
       f'quantization: {stored} of {total} units',
-      f'all of it: {"yes" if paths.quantized.exists() else "no"}',
+      f'all of it: {"yes" if finished else "no"}',
     ],
     [
       paths.calibration,
@@ -193,6 +223,34 @@ def _calibrate(model: setup.Model, paths: files.Workdir) -> _Plan:
       paths.report,
     ],
   )
+
+
+def _calibration_time(
+  model: setup.Model,
+  paths: files.Workdir,
+  images: int,
+  listed: Sequence[units.Unit],
+) -> list[str]:
+  """Of what is left; `images` are the trajectories."""
+  sampling = duration.Sampling(model, paths)
+  steps = len(generation.rows_of(model.ldm, model.sampler).t)
+  trajectory = steps * sampling.operations['step']
+  settings = model.config.statistics
+  found = []
+  if images:
+    what = f'{images} trajectories'
+    found.append(sampling.line(what, images * trajectory, False))
+  names = stored_units.names(listed, reconstruction.PHASES)
+  found.append(duration.learning(model, paths, names))
+  if settings.trajectory == 'fp':
+    count = settings.num_samples
+    what = f'errors along {count} trajectories'
+    found.append(sampling.line(what, count * trajectory, True))
+  else:
+    found.append('errors along quantized trajectories: not told')
+  if settings.num_trials:
+    found.append(f'trial: up to six times {settings.num_trials} images')
+  return sampling.with_hint(found)
 
 
 def _check_calibration(model: setup.Model, paths: files.Workdir) -> None:
@@ -222,6 +280,10 @@ def _sampling_memory(model: setup.Model) -> list[str]:
   ]
 
 
+def _image_bytes(model: setup.Model) -> int:
+  return model.ldm.image_size**2 * model.ldm.first_stage.out_ch
+
+
 def _sample(model: setup.Model, paths: files.Workdir) -> _Plan:
   settings = model.config.sample
   sample.check(settings)
@@ -232,16 +294,34 @@ def _sample(model: setup.Model, paths: files.Workdir) -> _Plan:
     sample.check_labels(model, np.asarray(settings.labels, np.int32))
   reads = [_weights(model, paths)]
   if settings.quantized or settings.compare:
-    there = paths.quantized.exists()
+    there = artifacts.is_finished(paths)
     missing = ': MISSING; --mode calibrate makes them'
     reads.append(f'quantizers {paths.quantized}{"" if there else missing}')
+    if there and not settings.compare and ': MISSING' in reads[0]:
+      reads = reads[1:]  # They are enough.
   names = ['samples.npz', 'grid.png']
-  phases = [f'{len(list(paths.shards.glob("*.npz")))} batches of images']
+  wanted = settings.num_images
+  done = shards.Shards(paths.shards).count(wanted)
+  phases = [f'{done} of {wanted} images']
+  need = _sampling_memory(model)
+  sampling = duration.Sampling(model, paths)
   if settings.compare:
     names, phases = ['compare.png', 'compare/images.npz'], []
+    count = len(settings.labels) or 10
+    time = [
+      sampling.images(count, False, 'images of full precision'),
+      sampling.images(4 * count, True, 'images of the quantized network'),
+    ]
+  else:
+    size = 2 * wanted * _image_bytes(model)
+    need.append(f'{_size(size)} of disk for images, in parts and as one file')
+    time = [sampling.images(wanted - done, settings.quantized)]
+    if done == wanted:
+      time = ['nothing is left to do']
   return _Plan(
     reads,
-    _sampling_memory(model),
+    need,
+    sampling.with_hint(time),
     phases,
     [*(paths.samples / name for name in names), paths.report],
   )
@@ -251,44 +331,118 @@ def _experiment(model: setup.Model, paths: files.Workdir) -> _Plan:
   setup.checked(model.config)
   grid = experiment.check(model)
   cells = grid.cells()
-  done = sum(
-    paths.experiment(f'cells/{cell.name}.json').is_file() for cell in cells
-  )
+  done = {
+    cell: files.read_json(path)
+    for cell in cells
+    if (path := paths.experiment(f'cells/{cell.name}.json')).is_file()
+  }
   results = ('results.json', 'results.md', 'results.png')
   return _Plan(
     [
       _weights(model, paths),
-      f'reference {model.config.evaluate.reference or "(not set)"}',
+      f'reference {_images(model.config.evaluate.reference) or "(not set)"}',
     ],
     _sampling_memory(model),
-    [f'{done} of {len(cells)} cells of {grid.num_images} images'],
+    _experiment_time(model, paths, grid, done),
+    [f'{len(done)} of {len(cells)} cells of {grid.num_images} images'],
     [*map(paths.experiment, results), paths.report],
   )
+
+
+def _experiment_time(
+  model: setup.Model,
+  paths: files.Workdir,
+  grid: experiment_grid.Grid,
+  done: Mapping[experiment_grid.Cell, Mapping[str, Any]],
+) -> list[str]:
+  """Of the images that are left, by sampler."""
+  found = []
+  for sampler in grid.samplers:
+    cells = [cell for cell in grid.cells() if cell.sampler == sampler]
+    config = experiment_grid.configured(model.config, sampler)
+    rates: dict[bool, list[float]] = {False: [], True: []}
+    left = {False: 0, True: 0}
+    for cell in cells:
+      quantized = bool(cell.bits)
+      if cell in done:
+        rate = done[cell]['values']['images_per_second']
+        rates[quantized].append(rate)
+      else:
+        left[quantized] += grid.num_images
+    sampling = duration.Sampling(
+      dataclasses.replace(model, config=config), paths, rates
+    )
+    found += [
+      sampling.images(count, quantized, f'{what}, {sampler}')
+      for quantized, what in (
+        (False, 'images of full precision'),
+        (True, 'images of quantized networks'),
+      )
+      if (count := left[quantized])
+    ]
+  if not found:
+    return ['nothing is left to do']
+  networks = len(grid.networks())
+  return [
+    *sampling.with_hint(found),
+    f'calibrating {networks} network(s) and judging the images are not in it',
+  ]
+
+
+def _images(names: str) -> str:
+  """Sets of images, and which files of them are not there."""
+  absent = [
+    name
+    for name in image_names.split(names)
+    # Others are names of data sets.
+    if ':' not in name and not pathlib.Path(name).exists()
+  ]
+  if not names or not absent:
+    return names
+  return f'{names}: MISSING; {", ".join(absent)} is not there'
 
 
 def _evaluate(model: setup.Model, paths: files.Workdir) -> _Plan:
   settings = model.config.evaluate
   evaluate.check(settings)
-  samples = settings.samples
+  samples = _images(settings.samples)
   if not samples:
     there = any(paths.samples.glob('*.npz'))
     missing = ': MISSING; --mode sample makes them'
     samples = f'{paths.samples}{"" if there else missing}'
-  reference = settings.reference or 'MISSING; set --config.evaluate.reference'
+  reference = _images(settings.reference)
+  reference = reference or 'MISSING; set --config.evaluate.reference'
   return _Plan(
     [f'samples {samples}', f'reference {reference}'],
+    time=[duration.judging(model, paths)],
     writes=[paths.metrics, paths.report],
   )
 
 
 def _benchmark(model: setup.Model, paths: files.Workdir) -> _Plan:
-  benchmark.check(model.config.benchmark)
-  return _Plan(writes=[paths.benchmark(f'{model.config.benchmark.what}.json')])
+  settings = model.config.benchmark
+  benchmark.check(settings)
+  time = 'not known: that is what it measures'
+  if settings.what == 'cost':
+    time = 'seconds: it follows from shapes'
+  elif settings.what == 'sampling':
+    time = (
+      f'no run begins later than {duration.text(settings.max_seconds)} '
+      '(benchmark.max_seconds)'
+    )
+  elif settings.what == 'job':
+    sampling = duration.Sampling(model, paths)
+    quantized = model.config.sample.quantized
+    images = sampling.images(settings.num_images, quantized)
+    time = f'{images}; twice, and a trace of a few batches'
+  elif settings.what == 'evaluation':
+    time = duration.judging(model, paths)
+  return _Plan(time=[time], writes=[paths.benchmark(f'{settings.what}.json')])
 
 
 def _report(model: setup.Model, paths: files.Workdir) -> _Plan:
   del model
-  return _Plan([str(paths.root)], writes=[paths.report])
+  return _Plan([str(paths.root)], time=['seconds'], writes=[paths.report])
 
 
 def _convert(model: setup.Model, paths: files.Workdir) -> _Plan:
@@ -300,6 +454,7 @@ def _convert(model: setup.Model, paths: files.Workdir) -> _Plan:
     text += ': MISSING; there is no such file'
   return _Plan(
     [text],
+    time=['not known; docs/convert.md has times, of half a minute and more'],
     writes=[paths.params, *map(paths.conversion, ('.json', '.txt'))],
   )
 
@@ -310,9 +465,15 @@ def _train(model: setup.Model, paths: files.Workdir) -> _Plan:
     raise ValueError(
       'This config has no `train` section; configs/mnist.py has one.'
     )
-  train.check(model.config.train)
+  settings = model.config.train
+  train.check(settings)
+  steps = ' + '.join(
+    str(settings[part].steps)
+    for part in ('classifier', 'first_stage', 'diffusion')
+  )
   return _Plan(
-    [f'data {model.config.train.data}'],
+    [f'data {settings.data}'],
+    time=[f'{steps} steps: not known; it shows what is left as it goes'],
     writes=[paths.training, *(paths.root / name for name in names)],
   )
 

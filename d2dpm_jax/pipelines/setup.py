@@ -84,11 +84,13 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   if not config.checkpoint.ldm_yaml:
     return config
   model = ldm_yaml.read(config.checkpoint.ldm_yaml).model
+  model |= {
+    'dtype': config.model.dtype,
+    'image_size': latent_diffusion.from_config(model).image_size,
+  }
   resolved = config.copy_and_resolve_references()
   with resolved.unlocked():
-    resolved.model = ml_collections.ConfigDict(
-      {**model, 'dtype': config.model.dtype}
-    )
+    resolved.model = ml_collections.ConfigDict(model)
   return resolved
 
 

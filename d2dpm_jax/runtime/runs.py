@@ -44,10 +44,10 @@ def read(paths: files.Workdir) -> list[dict[str, Any]]:
   return found
 
 
-def last_seconds(paths: files.Workdir, mode: str) -> float | None:
-  """How long a mode took the last time; None if that is not recorded."""
-  times = [run.get('seconds') for run in read(paths) if run.get('mode') == mode]
-  return times[-1] if times else None
+def last(paths: files.Workdir, mode: str) -> dict[str, Any] | None:
+  """The latest run of a mode that has ended well; None without any."""
+  found = [run for run in read(paths) if run.get('mode') == mode]
+  return found[-1] if found else None
 
 
 def environment() -> dict[str, Any]:

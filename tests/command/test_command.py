@@ -150,17 +150,43 @@ def test_plan_of_a_calibration(capsys, tiny, few, tmp_path):
   assert 'trajectories: 0 of 15 images' in text
   assert re.search(r'quantization: 0 of \d+ units', text)
   assert re.search(r'\d+ MB on each of 1 device', text)
+  assert re.search(r'\n  15 trajectories, [\d.]+ [GM]OP: not known', text)
+  assert re.search(r'learning: (\d+) of \1 units left', text)
+  assert 'rates are measured by --mode benchmark' in text
   assert not (tmp_path / 'work').exists()
   text = _call(capsys, *flags, few)
   assert 'trajectories: 15 of 15 images' in text and 'all of it: yes' in text
   done, total = re.search(r'quantization: (\d+) of (\d+) units', text).groups()
   assert done == total and int(total) > 0
+  assert 'Time, predicted:\n  nothing is left to do' in text
   assert re.search(r'It took \d+ s the last time', text)
+  sample = ['sample' if flag == 'calibrate' else flag for flag in flags]
+  text = _call(capsys, *sample, few, '--config.checkpoint.path=not/there')
+  assert 'quantizers ' in text and 'MISSING' not in text
   run = json.loads((few / 'runs.json').read_text())[0]
   assert run['mode'] == 'calibrate' and run['config'] == f'{_CONFIG}:few'
   assert run['command'].startswith('python main.py --config ')
   assert run['environment']['packages']['jax']
   assert run['environment']['devices'].startswith('1 x ')
+
+
+def test_a_plan_waits_for_nobody(capsys, tmp_path):
+  text = _call(
+    capsys, '--config', _CONFIG, '--mode', 'sample', '--dry_run', '--workdir',
+    tmp_path, '--coordinator_address=localhost:1', '--num_processes=2',
+    '--process_id=0',
+  )  # fmt: skip
+  assert '0 of 10 images' in text and 'of disk for images' in text
+
+
+def test_a_plan_names_missing_sets_of_images(capsys, tmp_path):
+  text = _call(
+    capsys, '--config', _CONFIG, '--mode', 'evaluate', '--dry_run', '--workdir',
+    tmp_path, f'--config.evaluate.samples=mnist:test,{tmp_path}',
+    '--config.evaluate.reference=no/such.npz',
+  )  # fmt: skip
+  assert f'samples mnist:test,{tmp_path}\n' in text
+  assert 'reference no/such.npz: MISSING; no/such.npz is not there' in text
 
 
 @pytest.mark.parametrize('mode', sorted(main.MODES))
@@ -173,6 +199,7 @@ def test_plans_load_nothing_and_write_nothing(
     '--config.checkpoint.path=not/there',
   )  # fmt: skip
   assert 'nothing is run' in text and '\nWrites:\n  out/tiny_config' in text
+  assert '\nTime, predicted:\n  ' in text
   if mode in ('calibrate', 'sample', 'experiment'):
     assert 'weights not/there: MISSING; --mode convert' in text
   assert not list(tmp_path.iterdir())

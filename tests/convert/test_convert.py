@@ -20,7 +20,7 @@ from torch_files import pickle_weights, push_global, write_zip
 from configs import imagenet, lsun_bedrooms, lsun_churches
 from convert import ldm
 from d2dpm_jax.command import main
-from d2dpm_jax.pipelines import convert, setup
+from d2dpm_jax.pipelines import convert, report, setup
 from d2dpm_jax.runtime import files, weights
 
 _CONFIGS = {
@@ -107,6 +107,15 @@ def churches(folder, tmp_path_factory):
   config = _config(folder, 'lsun_churches')
   convert.run(config, str(workdir))
   return workdir, config
+
+
+def test_image_size_follows_from_the_yaml(churches):
+  """What looks at images asks the config for it, and so does the report."""
+  workdir, config = churches
+  size = setup.resolve(config).model.image_size
+  assert size == setup.outline(config).ldm.image_size < 256
+  page = report.html(files.Workdir.at(workdir))
+  assert f'{size} x {size} images by 200 DDIM steps' in page
 
 
 def test_latents_are_scaled_by_the_factor_of_the_checkpoint(churches):

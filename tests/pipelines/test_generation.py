@@ -1,5 +1,6 @@
 """An image depends on its number and the seed, not on how it was run."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -177,6 +178,19 @@ def test_labels_are_shuffled_anew_in_every_block_and_seed():
   assert len(np.unique(blocks, axis=0)) > 15
   other = generation.balanced_labels(1, np.arange(200), 10).reshape(20, 10)
   assert (blocks != other).any(1).sum() > 15
+
+
+@pytest.mark.parametrize('execution', generation.EXECUTIONS)
+def test_no_program_has_empty_arguments(tiny, calibrated, execution):
+  """XLA of jaxlib 0.11 crashes on them where there are several devices."""
+  model = tiny.with_config('', quant__execution=execution)
+  quantized = dataclasses.replace(calibrated.quantized, model=model)
+  run = sample.batch_runner(quantized, 'd-d2', False, False, 1, 0)
+  kernels = [x for x in jax.tree.leaves(run.inputs.params) if not x.size]
+  assert len(kernels) == len(quantized.qstate)
+  index = np.arange(8, dtype=np.int32)
+  lowered = run.program.lower(run.inputs, index, index % 4)
+  assert all(0 not in x.shape for x in jax.tree.leaves(lowered.args_info))
 
 
 def test_what_stays_float_is_rounded(tiny, calibrated):
