@@ -22,6 +22,7 @@ from d2dpm_jax.pipelines import (
   statistics,
   trajectories,
 )
+from d2dpm_jax.reporting import comparison
 from d2dpm_jax.runtime import devices, files, images, processes, progress
 
 _log = logging.getLogger(__name__)
@@ -354,7 +355,7 @@ def compare(
       model.config.seed,
     )
     pictures.append(run_batch(index, labels)['images'])
-    distance = distance_text(pictures[0], pictures[-1])
+    distance = comparison.distance_text(pictures[0], pictures[-1])
     row_names.append(f'{name}\n{distance}'.strip())
     _log.info('%-14s %s', name, distance)
   scale = max(1, 64 // pictures[0].shape[1])
@@ -377,11 +378,3 @@ def compare(
   images.save_png(target, picture)
   _log.info('Wrote %s', target)
   return target
-
-
-def distance_text(reference: np.ndarray, other: np.ndarray) -> str:
-  """PSNR of uint8 images to those of full precision, in words."""
-  if reference is other:
-    return ''
-  error = np.square(reference.astype(float) - other.astype(float)).mean()
-  return f'{10 * np.log10(255**2 / error):.2f} dB PSNR' if error else 'equal'

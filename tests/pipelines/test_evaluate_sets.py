@@ -19,7 +19,8 @@ from d2dpm_jax.evaluation import (
   selfcheck,
   tfds_sets,
 )
-from d2dpm_jax.pipelines import evaluate, image_names, judges, metrics_table
+from d2dpm_jax.pipelines import evaluate, image_names, judges
+from d2dpm_jax.reporting import metrics_table
 from d2dpm_jax.runtime import files
 
 
