@@ -23,7 +23,14 @@ from d2dpm_jax.pipelines import (
   trajectories,
 )
 from d2dpm_jax.reporting import comparison
-from d2dpm_jax.runtime import devices, files, images, processes, progress
+from d2dpm_jax.runtime import (
+  devices,
+  files,
+  images,
+  microbatches,
+  processes,
+  progress,
+)
 
 _log = logging.getLogger(__name__)
 _GRID = 64  # Images shown in the picture, at most.
@@ -227,7 +234,7 @@ def generate(
     channel_wise: which error model; has no effect on 'auto'.
     absorb: see `correction_rows`.
     batch_size: images per call.
-    microbatch: see `generation`.
+    microbatch: see `runtime.microbatches`.
     seed: of all noise.
 
   Returns:
@@ -256,7 +263,7 @@ def generate(
 class Runner(NamedTuple):
   """A compiled sampler with everything but image numbers and labels."""
 
-  program: generation.Program
+  program: microbatches.Program
   inputs: generation.Inputs
 
   def __call__(self, index: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -265,8 +272,8 @@ class Runner(NamedTuple):
 
   def launch(
     self, index: np.ndarray, labels: np.ndarray, room: int = 0
-  ) -> generation.Launched:
-    """Begins with a batch; see `generation.Program.launch`."""
+  ) -> microbatches.Launched:
+    """Begins with a batch; see `microbatches.Program.launch`."""
     return self.program.launch(self.inputs, index, labels, room=room)
 
 
