@@ -23,8 +23,8 @@ except ImportError:  # Windows: nothing keeps two processes apart there.
 _TEMPORARY = '.unfinished'
 
 # What reading a damaged .npz raises. RuntimeError: a flag says that it is
-# encrypted, or compressed in a way that zipfile lacks. The last four: headers of
-# arrays are Python.
+# encrypted, or compressed in a way that zipfile lacks. The last four: headers
+# of arrays are Python.
 DAMAGE = (
   OSError,
   ValueError,
