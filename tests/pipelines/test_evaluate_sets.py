@@ -7,9 +7,9 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from d2dpm_jax.configs import imagenet, mnist
 from PIL import Image
 
-from configs import imagenet, mnist
 from d2dpm_jax.evaluation import (
   bootstrap,
   features,

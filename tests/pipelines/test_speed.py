@@ -233,7 +233,7 @@ def test_measured_times_choose_kernels(tiny, layers_json, tmp_path):
 
 
 def test_the_table_is_for_gpus(monkeypatch):
-  from configs import imagenet
+  from d2dpm_jax.configs import imagenet
 
   config = imagenet.get_config()
   model = setup.outline(config)
