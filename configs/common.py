@@ -215,9 +215,10 @@ def _quant(weight_bits: int) -> ml_collections.ConfigDict:
   # How quantized layers compute: 'integer', int8 x int8 (docs/integer.md), or
   # 'simulated', the same whole numbers in float32.
   quant.execution = 'integer'
-  # What integer layers multiply in: 'int8', 'bfloat16' for the same whole
-  # numbers where a table says that it is faster ('auto'), or as measured: a
-  # layers.json of --mode benchmark.
+  # What runs integer layers: XLA's kernels for int8 ('int8'), kernels that also
+  # do what lies between layers ('fused', for NVIDIA Hopper), XLA's for int8 or
+  # bfloat16 as measured (a layers.json of --mode benchmark), or what is fastest
+  # on such devices ('auto'). The sums are the same.
   quant.kernels = 'auto'
   # Unpacks weights of 4 bits once per batch of images and not in every step:
   # a little faster, for twice the memory. None does so on CPUs.

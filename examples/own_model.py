@@ -21,7 +21,13 @@ import optax
 
 from d2dpm_jax.denoising import correction, selection, statistics
 from d2dpm_jax.diffusion import ddim, noise, sampler, schedule
-from d2dpm_jax.quantization import integer, policy, reconstruction, transform
+from d2dpm_jax.quantization import (
+  integer,
+  integer_model,
+  policy,
+  reconstruction,
+  transform,
+)
 
 Array = jax.Array
 SIZE, CHANNELS, CLASSES = 12, 1, 4
@@ -221,8 +227,10 @@ class Problem:
   def on_integers(self, state: transform.QuantState) -> Callable[..., Array]:
     """The same network on int8."""
     layers = integer.prepare(state)
-    variables = integer.without_kernels(self.variables, layers)
-    return functools.partial(integer.apply(self.model.apply), variables, layers)
+    variables = integer_model.without_kernels(self.variables, layers)
+    return functools.partial(
+      integer_model.apply(self.model.apply), variables, layers
+    )
 
   def calibration_set(self, count: int) -> tuple[Array, Array, Array]:
     """x, t, label: a random point of each of `count` trajectories."""

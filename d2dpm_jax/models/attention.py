@@ -21,9 +21,19 @@ class CrossAttention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, context: jax.Array | None = None
+    self,
+    x: jax.Array,
+    context: jax.Array | None = None,
+    *,
+    residual: jax.Array | None = None,
   ) -> jax.Array:
-    """Maps float[B, L, D] and float[B, M, E] to float[B, L, D]."""
+    """Maps float[B, L, D] and float[B, M, E] to float[B, L, D].
+
+    Args:
+      x: tokens that ask.
+      context: tokens that answer, `x` if None.
+      residual: float[B, L, D], added to the result.
+    """
     context = x if context is None else context
     width = x.shape[-1]
 
@@ -35,7 +45,8 @@ class CrossAttention(nn.Module):
       heads(x, 'to_q'), heads(context, 'to_k'), heads(context, 'to_v')
     )
     y = y.reshape(x.shape)
-    return nn.Dense(width, dtype=self.dtype, name='to_out_0')(y)
+    out = layers.Dense(width, dtype=self.dtype, name='to_out_0')
+    return out(y) if residual is None else out.plus(y, residual)
 
 
 class GEGLU(nn.Module):
@@ -52,15 +63,16 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """GEGLU to four times the width, then back."""
+  """GEGLU to four times the width, then back, and a residual."""
 
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, residual: jax.Array) -> jax.Array:
     width = x.shape[-1]
-    y = GEGLU(4 * width, dtype=self.dtype, name='net_0')(x)
-    return nn.Dense(width, dtype=self.dtype, name='net_2')(y)
+    gate = GEGLU(4 * width, dtype=self.dtype, name='net_0')
+    out = layers.Dense(width, dtype=self.dtype, name='net_2')
+    return out.after_gate(gate, x, residual)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -91,9 +103,9 @@ class BasicTransformerBlock(nn.Module):
     attention1 = CrossAttention(self.num_heads, self.dtype, name='attn1')
     attention2 = CrossAttention(self.num_heads, self.dtype, name='attn2')
     feed_forward = FeedForward(self.dtype, name='ff')
-    x = attention1(norm(name='norm1')(x)) + x
+    x = attention1(norm(name='norm1')(x), residual=x)
     x = attention2(norm(name='norm2')(x), context) + x
-    return feed_forward(norm(name='norm3')(x)) + x
+    return feed_forward(norm(name='norm3')(x), x)
 
 
 class SpatialTransformer(nn.Module):
@@ -112,9 +124,9 @@ class SpatialTransformer(nn.Module):
     if c % self.num_heads:
       raise ValueError(f'{c} channels do not divide into {self.num_heads}.')
     # Here 1e-6, where the rest of the U-Net has 1e-5.
-    y = layers.GroupNorm32(epsilon=1e-6, name='norm')(x)
-    y = layers.conv(c, 1, dtype=self.dtype, name='proj_in')(y)
-    y = y.reshape(b, h * w, c)
+    norm = layers.GroupNorm32(epsilon=1e-6, name='norm')
+    proj_in = layers.conv(c, 1, dtype=self.dtype, name='proj_in')
+    y = proj_in.after_norm(norm, x, silu=False).reshape(b, h * w, c)
     for i in range(self.depth):
       block = BasicTransformerBlock(
         self.num_heads, self.dtype, name=f'transformer_blocks_{i}'
@@ -122,4 +134,4 @@ class SpatialTransformer(nn.Module):
       y = block(y, context)
     y = y.reshape(b, h, w, c)
     out = layers.conv(c, 1, zero_init=True, dtype=self.dtype, name='proj_out')
-    return out(y) + x
+    return out.plus(y, x)

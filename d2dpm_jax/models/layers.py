@@ -100,6 +100,57 @@ class LayerNorm32(nn.LayerNorm):
     return super().__call__(x, mask=mask).astype(x.dtype)
 
 
+class _Steps(nn.Module):
+  """What a layer does together with its neighbours.
+
+  Each is written out here as the steps it has; quantized execution has kernels
+  for some of them as a whole (`d2dpm_jax/quantization/fused.py`).
+  """
+
+  def plus(self, x: jax.Array, residual: jax.Array) -> jax.Array:
+    """The layer's output and a residual."""
+    return residual + self(x)  # type: ignore[operator]
+
+  def after_norm(
+    self,
+    norm: GroupNorm32,
+    x: jax.Array,
+    offset: jax.Array | float = 0.0,
+    *,
+    silu: bool = True,
+    residual: jax.Array | None = None,
+  ) -> jax.Array:
+    """The layer of a normalized `x + offset`, with SiLU between or without.
+
+    Args:
+      norm: what `x` goes through first.
+      x: float[B, ..., C].
+      offset: see `GroupNorm32`.
+      silu: whether SiLU comes after the norm.
+      residual: added in the end.
+
+    Returns:
+      float[B, ..., D].
+    """
+    h = norm(x, offset)
+    h = nn.silu(h) if silu else h
+    return self(h) if residual is None else self.plus(h, residual)  # type: ignore[operator]
+
+  def after_gate(
+    self, gate: nn.Module, x: jax.Array, residual: jax.Array
+  ) -> jax.Array:
+    """The layer of what a gated layer returns for `x`, and a residual."""
+    return self.plus(gate(x), residual)  # type: ignore[operator]
+
+
+class Conv(_Steps, nn.Conv):
+  """A convolution that knows its neighbours."""
+
+
+class Dense(_Steps, nn.Dense):
+  """A linear layer that knows its neighbours."""
+
+
 def conv(
   features: int,
   kernel: int = 3,
@@ -109,7 +160,7 @@ def conv(
   zero_init: bool = False,
   dtype: Any = jnp.float32,
   name: str,
-) -> nn.Conv:
+) -> Conv:
   """A square convolution whose padding is always explicit.
 
   Args:
@@ -124,7 +175,7 @@ def conv(
     name: module name, equal to LDM's.
   """
   before, after = padding or (kernel // 2, kernel // 2)
-  return nn.Conv(
+  return Conv(
     features,
     (kernel, kernel),
     strides=(stride, stride),

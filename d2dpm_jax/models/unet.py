@@ -73,24 +73,25 @@ class ResBlock(nn.Module):
     conv = functools.partial(layers.conv, self.out_channels, dtype=self.dtype)
     x = x.astype(self.dtype)
 
-    h = nn.silu(layers.GroupNorm32(name='in_layers_0')(x))
-    h = conv(name='in_layers_2')(resample(h))
-    x = resample(x)
+    norm = layers.GroupNorm32(name='in_layers_0')
+    first = conv(name='in_layers_2')
+    if self.resample:
+      h = first(resample(nn.silu(norm(x))))
+      x = resample(x)
+    else:
+      h = first.after_norm(norm, x)
 
     width = self.out_channels * (2 if self.use_scale_shift_norm else 1)
     emb = nn.Dense(width, dtype=self.dtype, name='emb_layers_1')(nn.silu(emb))
     emb = emb[:, None, None, :]
     norm = layers.GroupNorm32(name='out_layers_0')
-    if self.use_scale_shift_norm:
-      scale, shift = jnp.split(emb, 2, axis=-1)
-      h = norm(h) * (1 + scale) + shift
-    else:
-      h = norm(h, emb)
-    h = conv(zero_init=True, name='out_layers_3')(nn.silu(h))
-
+    second = conv(zero_init=True, name='out_layers_3')
     if x.shape[-1] != self.out_channels:
       x = conv(1, name='skip_connection')(x)
-    return x + h
+    if self.use_scale_shift_norm:
+      scale, shift = jnp.split(emb, 2, axis=-1)
+      return second.plus(nn.silu(norm(h) * (1 + scale) + shift), x)
+    return second.after_norm(norm, h, emb, residual=x)
 
 
 class AttentionBlock(nn.Module):

@@ -64,11 +64,13 @@ class Quantized:
     if self.prepared is not None:
       return self.prepared
     quant = self.model.config.quant
+    kernels = kernel_choice.choose(self.model)
     return generation.executable(
       self.qstate,
       quant.execution,
-      kernel_choice.in_bfloat16(self.model),
+      kernels.in_bfloat16,
       quant.unpack_first,
+      kernels.fused,
     )
 
   def network_params(self) -> Any:

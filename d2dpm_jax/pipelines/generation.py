@@ -13,7 +13,7 @@ from d2dpm_jax.denoising import correction as corrections
 from d2dpm_jax.diffusion import ddim, noise, sampler, schedule
 from d2dpm_jax.models import folding
 from d2dpm_jax.models.latent_diffusion import LatentDiffusion
-from d2dpm_jax.quantization import integer, transform
+from d2dpm_jax.quantization import integer, integer_model, transform
 from d2dpm_jax.runtime import images
 from d2dpm_jax.runtime.microbatches import Program
 
@@ -69,6 +69,7 @@ def executable(
   execution: str,
   in_bfloat16: Collection[str] = (),
   unpack_first: bool | None = None,
+  fused: bool = False,
 ) -> integer.IntegerState:
   """Quantizers as programs take them.
 
@@ -77,6 +78,7 @@ def executable(
     execution: 'simulated' or 'integer', see `config.quant.execution`.
     in_bfloat16: see `integer.prepare`.
     unpack_first: likewise; None does so on CPUs.
+    fused: likewise.
 
   Raises:
     ValueError: an unknown `execution`.
@@ -86,7 +88,7 @@ def executable(
     return integer.simulate(qstate)
   if unpack_first is None:
     unpack_first = jax.default_backend() == 'cpu'
-  return integer.prepare(qstate, in_bfloat16, unpack_first)
+  return integer.prepare(qstate, in_bfloat16, unpack_first, fused)
 
 
 def float_type(name: str) -> np.dtype:
@@ -118,7 +120,7 @@ def network_params(
   """
   if not qstate:
     return params
-  variables = integer.without_kernels({'params': params['unet']}, qstate)
+  variables = integer_model.without_kernels({'params': params['unet']}, qstate)
   dtype = float_type(float_dtype)
   unet = jax.tree.map(
     # Empty ones stand for dequantized kernels, which are float32.
@@ -180,7 +182,7 @@ def _eps_fn(
     for path, layer in inputs.qstate.items()
     if not isinstance(layer, integer.IntegerLayer)
   }
-  layers = integer.ready(inputs.qstate)
+  layers = integer_model.ready(inputs.qstate)
   if simulated:
     # Weights are dequantized here, once, and not in every sampling step.
     variables = transform.dequantize_variables(variables, simulated)
@@ -198,9 +200,20 @@ def _eps_fn(
     variables = folding.round_parameters(
       ldm.unet.apply, variables, x, t, context
     )
-  apply = functools.partial(integer.apply(ldm.unet.apply), variables, layers)
+  apply = functools.partial(
+    integer_model.apply(ldm.unet.apply), variables, layers
+  )
+  # Most of what is traced for constants is dead code, but fused kernels would
+  # not be recognized as that.
   constants = folding.compute(
-    apply, ldm.latent_shape, jnp.asarray(timesteps), given
+    functools.partial(
+      integer_model.apply(ldm.unet.apply),
+      variables,
+      integer_model.plain(layers),
+    ),
+    ldm.latent_shape,
+    jnp.asarray(timesteps),
+    given,
   )
 
   def network(x, t, by_image, by_step):

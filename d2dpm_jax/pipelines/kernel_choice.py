@@ -1,18 +1,25 @@
-"""Which layers run on int8 and which on bfloat16, where both are the same sums.
+"""Which kernels run which layers; all compute the same sums.
 
-See `integer.prepare`. `config.quant.kernels` is 'auto', 'int8' (all of them),
-or a layers.json that `benchmark.what=layers` has measured on the device.
+See `integer.prepare`. `config.quant.kernels` is
+
+- 'fused': those of `quantization/kernels`, where a layer fits them;
+- 'int8': XLA's for int8;
+- a layers.json that `benchmark.what=layers` has measured on the device: XLA's
+  for int8 or for bfloat16, whichever took less time;
+- 'auto': 'fused' on NVIDIA Hopper. On other GPUs int8 or bfloat16 by a rule,
+  elsewhere int8.
 """
 
 import math
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
 from d2dpm_jax.pipelines import layer_bits, setup
 from d2dpm_jax.quantization import transform
+from d2dpm_jax.quantization.kernels import products
 from d2dpm_jax.runtime import files
 
 # Faster is meant beyond what measuring again changes.
@@ -25,24 +32,60 @@ _MANY_PIXELS, _FEW_CHANNELS = 64 * 64, 384
 # sums of more products than this (docs/performance.md).
 _FEW_PRODUCTS = 1024
 _ALIGNED = 4  # Channels; int8 kernels of GPUs come in words of four.
+_HOPPER = '9.0'  # Compute capability.
 
 
-def in_bfloat16(model: setup.Model) -> frozenset[str]:
-  """Paths of layers to be run in bfloat16.
+class Kernels(NamedTuple):
+  """What `integer.prepare` is told.
+
+  Attributes:
+    in_bfloat16: paths of layers to be run in bfloat16.
+    fused: whether others are run by `quantization/kernels` where they fit.
+  """
+
+  in_bfloat16: frozenset[str]
+  fused: bool
+
+
+def has_fused() -> bool:
+  """Whether the devices run the kernels of `quantization/kernels`."""
+  return (
+    jax.default_backend() == 'gpu'
+    and str(getattr(jax.devices()[0], 'compute_capability', '')) == _HOPPER
+  )
+
+
+def choose(model: setup.Model) -> Kernels:
+  """What `config.quant.kernels` says for these devices.
 
   Raises:
     FileNotFoundError: `quant.kernels` names no file.
-    ValueError: the file is not one of `benchmark.what=layers`, or it lacks a
-      layer of this model.
+    ValueError: the file is not one of `benchmark.what=layers`, it lacks a layer
+      of this model, or the devices have no fused kernels.
   """
   kernels = model.config.quant.kernels
+  fused = kernels in ('auto', 'fused') and has_fused()
+  if kernels == 'fused' and not fused:
+    raise ValueError(
+      '--config.quant.kernels=fused needs an NVIDIA GPU of compute capability '
+      f"{_HOPPER}, and this is {jax.devices()[0].device_kind}: take 'auto'."
+    )
   if kernels == 'int8' or (
     kernels == 'auto' and jax.default_backend() != 'gpu'
   ):
-    return frozenset()
+    return Kernels(frozenset(), False)
   layers = layer_bits.list_layers(model)
-  if kernels == 'auto':
-    return frozenset(x.path for x in layers if _slow_in_int8(x))
+  if kernels in ('auto', 'fused'):
+    slow = [
+      x.path for x in layers if _slow_in_int8(x) and not (fused and _fits(x))
+    ]
+    return Kernels(frozenset(slow), fused)
+  return Kernels(_faster_in_bfloat16(kernels, layers), False)
+
+
+def _faster_in_bfloat16(
+  kernels: str, layers: Sequence[transform.Layer]
+) -> frozenset[str]:
   times = _measured(pathlib.Path(kernels))
   missing = [x.path for x in layers if key(x) not in times]
   if missing:
@@ -75,12 +118,23 @@ def _slow_in_int8(layer: transform.Layer) -> bool:
   )
 
 
+def _fits(layer: transform.Layer) -> bool:
+  """Whether the fused kernels take it, given enough images."""
+  *taps, inputs, outputs = layer.kernel_shape
+  images = products.LEAST_ROWS
+  if taps and taps[0] > 1:
+    shape = (images, *layer.output_shape[1:-1])
+    same = layer.input_shape[1:-1] == layer.output_shape[1:-1]
+    return same and products.fit_conv(shape, inputs, outputs)
+  return products.fit(images, inputs, outputs)
+
+
 def _measured(path: pathlib.Path) -> Mapping[str, Mapping[str, Any]]:
   """Seconds by kernel, by `key`."""
   if not path.is_file():
     raise FileNotFoundError(
-      f"--config.quant.kernels={path}: expected 'auto', 'int8' or a layers.json"
-      ' of --mode benchmark --config.benchmark.what=layers.'
+      f"--config.quant.kernels={path}: expected 'auto', 'fused', 'int8' or a "
+      'layers.json of --mode benchmark --config.benchmark.what=layers.'
     )
   try:
     rows = files.read_json(path)['layers']

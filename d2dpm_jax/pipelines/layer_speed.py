@@ -149,7 +149,7 @@ def _time(
     return y + bias.astype(x.dtype)
 
   def on_integers(prepared, bias, x):
-    ready = integer.ready({'': prepared})['']
+    ready = integer.ready(prepared)
     if layer.kind == 'conv':
       total = integer.conv(ready, x, *geometry, x.dtype)
     else:

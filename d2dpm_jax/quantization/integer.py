@@ -1,12 +1,9 @@
 """Layers of a quantized network on integers: int8 x int8, one rescale.
 
-  layers = integer.prepare(state)  # Once, from quantizers of `transform`.
-  apply_i = jax.jit(integer.apply(model.apply))  # Wrap first, then jit.
-  y = apply_i(integer.without_kernels(variables, layers), layers, x)
-
-This is what `transform.quantize(model.apply)` computes, but for the order of
-roundings. With `x = sx (q - zx)` and `w = sw (c - zw)`, codes q and c, int8
-operands `a = q - ox` and `k = c - ow`, `A = ox - zx` and `B = ow - zw`:
+`integer_model.apply` runs a model on such layers. This is what
+`transform.quantize(model.apply)` computes, but for the order of roundings. With
+`x = sx (q - zx)` and `w = sw (c - zw)`, codes q and c, int8 operands
+`a = q - ox` and `k = c - ow`, `A = ox - zx` and `B = ow - zw`:
 
   sum x w = sx sw (sum a k  +  B sum a  +  A sum (c - zw)),
 
@@ -39,7 +36,7 @@ Docs: docs/integer.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import flax.linen as nn
@@ -77,6 +74,7 @@ class IntegerLayer:
     inputs: I.
     in_bfloat16: see `prepare`.
     unpack_first: see `prepare`.
+    fused: see `prepare`.
   """
 
   kernel: Array
@@ -91,6 +89,7 @@ class IntegerLayer:
   inputs: int = flax.struct.field(pytree_node=False)
   in_bfloat16: bool = flax.struct.field(pytree_node=False, default=False)
   unpack_first: bool = flax.struct.field(pytree_node=False, default=False)
+  fused: bool = flax.struct.field(pytree_node=False, default=False)
 
   @property
   def floats(self) -> bool:
@@ -107,6 +106,7 @@ def prepare(
   state: transform.QuantState,
   in_bfloat16: Collection[str] = (),
   unpack_first: bool = False,
+  fused: bool = False,
 ) -> IntegerState:
   """Layers ready to run on integers, computed on the host.
 
@@ -118,6 +118,7 @@ def prepare(
       in float32, without corrections. Other layers stay with int8.
     unpack_first: unpack codes of up to 4 bits once per program, and not in
       every call of the network; they take twice as much then.
+    fused: run by the kernels of `fused` what they take.
 
   Returns:
     Of every layer an `IntegerLayer`, or its quantizers, weights packed, if one
@@ -138,6 +139,7 @@ def prepare(
         found,
         in_bfloat16=path in in_bfloat16 and _fits_bfloat16(layer),
         unpack_first=unpack_first,
+        fused=fused and path not in in_bfloat16,
       )
     result[path] = found or transform.LayerState(weight=weight, act=act)
   return result
@@ -251,16 +253,16 @@ def kernel_operand(layer: IntegerLayer) -> Array:
   return _to_int8(codes, layer.offset)
 
 
-def _act_offset(layer: IntegerLayer) -> Array:
+def act_offset(layer: IntegerLayer) -> Array:
   """int16[], ox."""
   offset = _offset(jnp.asarray(layer.act.zero_point), layer.act.bits)
   return offset.astype(jnp.int16)
 
 
-def _act_shift(layer: IntegerLayer) -> Array:
+def act_shift(layer: IntegerLayer) -> Array:
   """int32[], A."""
   zero_point = jnp.asarray(layer.act.zero_point).astype(jnp.int32)
-  return _act_offset(layer).astype(jnp.int32) - zero_point
+  return act_offset(layer).astype(jnp.int32) - zero_point
 
 
 def _clipped(layer: IntegerLayer, x: Array) -> Array:
@@ -287,7 +289,7 @@ def input_operand(layer: IntegerLayer, x: Array) -> Array:
 
   The codes are those of `affine.quantize`, bit for bit.
   """
-  a = (_rounded(_clipped(layer, x)) - _act_shift(layer)).astype(jnp.int8)
+  a = (_rounded(_clipped(layer, x)) - act_shift(layer)).astype(jnp.int8)
   if layer.shift is None:
     return a
   # Or its sum over channels would be fused with all that `a` is computed from.
@@ -299,7 +301,7 @@ def _float_operand(layer: IntegerLayer, x: Array) -> Array:
   return jnp.round(_clipped(layer, x)).astype(layer.kernel.dtype)
 
 
-def _correction(layer: IntegerLayer) -> Array:
+def correction(layer: IntegerLayer) -> Array:
   """What `IntegerLayer.correction` is said to be; A must not be 0."""
   if layer.correction is not None:
     return layer.correction
@@ -309,30 +311,26 @@ def _correction(layer: IntegerLayer) -> Array:
     sums += layer.inputs * layer.shift.astype(jnp.int32)
   if layer.zero_code:
     sums = jnp.sum(sums, axis=tuple(range(sums.ndim - 1)))
-  return _act_shift(layer) * sums
+  return act_shift(layer) * sums
 
 
-def ready(layers: IntegerState) -> IntegerState:
+def ready(layer: IntegerLayer) -> IntegerLayer:
   """Computes what follows from codes, once for many calls of a network.
 
   These are `IntegerLayer.correction`, kernels in bfloat16 and, where that is
   wanted, unpacked ones. Inside a program, so that they take no memory between
   its calls.
   """
-
-  def one(layer):
-    if not isinstance(layer, IntegerLayer) or layer.floats:
-      return layer
-    if layer.in_bfloat16:
-      return _in_floats(layer, jnp.bfloat16)
-    if layer.corrected:
-      layer = dataclasses.replace(layer, correction=_correction(layer))
-    if layer.unpack_first:
-      kernel = kernel_operand(layer)
-      layer = dataclasses.replace(layer, kernel=kernel, offset=None)
+  if layer.floats:
     return layer
-
-  return {path: one(layer) for path, layer in layers.items()}
+  if layer.in_bfloat16:
+    return _in_floats(layer, jnp.bfloat16)
+  if layer.corrected:
+    layer = dataclasses.replace(layer, correction=correction(layer))
+  if layer.unpack_first or layer.fused:
+    kernel = kernel_operand(layer)
+    layer = dataclasses.replace(layer, kernel=kernel, offset=None)
+  return layer
 
 
 def _conv_result() -> Any:
@@ -402,7 +400,7 @@ def _matmul(layer: IntegerLayer, a: Array, k: Array) -> Array:
     sums = jnp.sum(a, axis=-1, keepdims=True, dtype=jnp.int32)
     corrections.append(sums * layer.shift.astype(jnp.int32))
   if layer.corrected:
-    corrections.append(_correction(layer).reshape(-1))
+    corrections.append(correction(layer).reshape(-1))
   return _corrected(products, corrections)
 
 
@@ -448,7 +446,7 @@ def conv(
   pads = padding
   if layer.zero_code and layer.corrected and not no_padding:
     width_of = ((0, 0), *padding, (0, 0))
-    zero = (-_act_shift(layer)).astype(jnp.int8)
+    zero = (-act_shift(layer)).astype(jnp.int8)
     a = jax.lax.pad(a, zero, [(*ends, 0) for ends in width_of])
     pads = ((0, 0), (0, 0))
   products = _convolve(a, k, strides, pads, _conv_result())
@@ -464,10 +462,10 @@ def conv(
     )
     corrections.append(sums * layer.shift.astype(jnp.int32))
   if layer.corrected:
-    correction = _correction(layer)
+    per_channel = correction(layer)
     if not layer.zero_code:
-      correction = border_map(correction, size, strides, padding)
-    corrections.append(correction)
+      per_channel = border_map(per_channel, size, strides, padding)
+    corrections.append(per_channel)
   return _corrected(products, corrections)
 
 
@@ -526,9 +524,7 @@ def rescale(
   return y.astype(dtype)
 
 
-def _geometry(
-  module: nn.Conv, path: str, shape: tuple[int, ...]
-) -> tuple[Any, Any]:
+def geometry(module: nn.Conv, shape: tuple[int, ...]) -> tuple[Any, Any]:
   """Strides and explicit padding of a convolution of two dimensions.
 
   Raises:
@@ -550,91 +546,13 @@ def _geometry(
     or module.mask is not None
   ):
     raise ValueError(
-      f'{path!r}: only convolutions of [B, H, W, C], without groups, dilation '
-      'or masks, run on integers.'
+      'Only convolutions of [B, H, W, C], without groups, dilation or masks, '
+      'run on integers.'
     )
   strides = pair(module.strides)
   padding = nn.linear.canonicalize_padding(module.padding, 2)
   if isinstance(padding, str):
     if padding not in ('SAME', 'VALID'):
-      raise ValueError(f'{path!r}: padding {padding!r} is not supported.')
+      raise ValueError(f'Padding {padding!r} is not supported.')
     padding = jax.lax.padtype_to_pads(shape[1:3], size, strides, padding)
   return strides, tuple(map(tuple, padding))
-
-
-def run_layer(
-  module: nn.Conv | nn.Dense, layer: IntegerLayer, x: Array
-) -> Array:
-  """What a bound nn.Conv or nn.Dense returns for `x`, on integers.
-
-  Raises:
-    ValueError: the module has what integer execution does not know, or `x`
-      does not fit.
-  """
-  path = transform.path_of(module)
-  dtype = module.dtype or jnp.result_type(x.dtype, module.param_dtype)
-  try:
-    if isinstance(module, nn.Conv):
-      total = conv(layer, x, *_geometry(module, path, x.shape), dtype)
-    else:
-      total = dense(layer, x, dtype)
-  except ValueError as error:
-    raise ValueError(f'Layer {path!r} on integers: {error}') from error
-  bias = module.variables.get('params', {}).get('bias')
-  return rescale(layer, total, bias, dtype)
-
-
-def apply(model_apply: Callable[..., Any]) -> Callable[..., Any]:
-  """Wraps a Linen `apply` so that its layers run on integers.
-
-  Args:
-    model_apply: plain (not jitted) `model.apply`.
-
-  Returns:
-    `integer_apply(variables, layers, *args, **kwargs)`: like `model_apply`.
-    Layers of which there is an `IntegerLayer` do not look at their kernels,
-    see `without_kernels`. Others in `layers` run as in `transform.quantize`.
-  """
-
-  def integer_apply(
-    variables: Mapping[str, Any],
-    layers: IntegerState,
-    *args: Any,
-    **kwargs: Any,
-  ) -> Any:
-    integers = {
-      path: layer
-      for path, layer in layers.items()
-      if isinstance(layer, IntegerLayer)
-    }
-    rest: transform.QuantState = {
-      path: layer
-      for path, layer in layers.items()
-      if not isinstance(layer, IntegerLayer)
-    }
-
-    def interceptor(call, args, kwargs, context):
-      path = transform.path_of(context.module)
-      if context.method_name != '__call__' or path not in integers:
-        return call(*args, **kwargs)
-      x = args[0] if args else kwargs['inputs']
-      return run_layer(context.module, integers[path], x)
-
-    with nn.intercept_methods(interceptor):
-      return transform.quantize(model_apply)(variables, rest, *args, **kwargs)
-
-  return integer_apply
-
-
-def without_kernels(
-  variables: Mapping[str, Any], layers: IntegerState | transform.QuantState
-) -> dict[str, Any]:
-  """`variables` without the kernels that are in `layers` as codes."""
-  return transform.drop_kernels(
-    variables,
-    [
-      path
-      for path, layer in layers.items()
-      if isinstance(layer, IntegerLayer) or layer['weight'] is not None
-    ],
-  )

@@ -67,7 +67,9 @@ class Layer:
 
 def layer_kind(module: nn.Module) -> str | None:
   """'conv', 'dense', or None for a module that is neither."""
-  return LAYER_KINDS.get(type(module))
+  return next(
+    (kind for cls, kind in LAYER_KINDS.items() if isinstance(module, cls)), None
+  )
 
 
 def path_of(module: nn.Module) -> str:

@@ -12,7 +12,13 @@ from random_params import random_params
 from small_unets import UNETS
 
 from d2dpm_jax.models import folding
-from d2dpm_jax.quantization import affine, integer, policy, transform
+from d2dpm_jax.quantization import (
+  affine,
+  integer,
+  integer_model,
+  policy,
+  transform,
+)
 
 _T = (901, 401, 1)
 
@@ -100,7 +106,7 @@ def test_quantized_layers_give_the_same_numbers(execution):
     layer['act'] = affine.QParams(np.float32(0.03), np.float32(120), 8)
   if execution == 'integer':
     state = integer.prepare(state)
-  network = functools.partial(integer.apply(net.apply), variables, state)
+  network = functools.partial(integer_model.apply(net.apply), variables, state)
   seen = {}
 
   def record(call, args, kwargs, at):

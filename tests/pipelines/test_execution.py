@@ -21,7 +21,7 @@ from d2dpm_jax.pipelines import (
   setup,
   speed,
 )
-from d2dpm_jax.quantization import integer, packing
+from d2dpm_jax.quantization import integer, integer_model, packing
 from d2dpm_jax.runtime import files, weights
 
 
@@ -79,8 +79,8 @@ def test_the_embedded_model_agrees(run):
 
   @jax.jit
   def forward(params, layers, inputs):
-    layers = integer.ready(layers)
-    apply = integer.apply(model.ldm.unet.apply)
+    layers = integer_model.ready(layers)
+    apply = integer_model.apply(model.ldm.unet.apply)
     return apply({'params': params['unet']}, layers, *inputs)
 
   found, want = (

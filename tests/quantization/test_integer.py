@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from small_unets import UNETS
 
-from d2dpm_jax.quantization import affine, integer, packing, policy, transform
+from d2dpm_jax.quantization import (
+  affine,
+  integer,
+  integer_model,
+  packing,
+  policy,
+  transform,
+)
 
 # Zero points of inputs and weights in units of the top code; beyond 0 .. 1 they
 # lie outside the codes.
@@ -144,7 +151,7 @@ def test_whole_numbers_in_bfloat16_are_the_same_sums(bits, per_channel):
   x = inputs(2, 5, 6, 5)
   prepared = integer.prepare({'': layer}, [''])
   assert prepared[''].in_bfloat16
-  ready = integer.ready(prepared)['']
+  ready = integer_model.ready(prepared)['']
   assert ready.correction is None
   for strides in ((1, 1), (2, 2)):
     want = _reference(layer, x, strides, _PADDINGS['same'])
@@ -192,7 +199,7 @@ def test_unpacking_first():
   x = inputs(2, 5, 6, 5)
   prepared = integer.prepare({'': layer}, unpack_first=True)
   assert prepared[''].kernel.shape == (3, 3, 3, 4)
-  ready = integer.ready(prepared)['']
+  ready = integer_model.ready(prepared)['']
   assert ready.kernel.shape == (3, 3, 5, 4) and ready.kernel.dtype == jnp.int8
   want = _reference(layer, x, (1, 1), _PADDINGS['same'])
   found = integer.conv(ready, x, padding=_PADDINGS['same'])
@@ -235,7 +242,7 @@ def test_corrections_once_for_many_calls(zeros):
   layer, inputs = _layer(rng, (3, 3, 5, 4), 8, 8, zeros)
   x = inputs(2, 5, 6, 5)
   prepared = integer.prepare({'': layer})
-  ready = jax.jit(integer.ready)(prepared)['']
+  ready = jax.jit(integer_model.ready)(prepared)['']
   # One number per channel where images can be padded with the code of zero.
   assert ready.correction.shape == ((4,) if zeros == 'inside' else (3, 3, 4))
   want = integer.conv(prepared[''], x, padding=_PADDINGS['same'])
@@ -334,8 +341,8 @@ def test_layers_equal_simulated_ones(bits, dtype, per_channel):
   want = jax.jit(transform.quantize(net.apply))(variables, state, *args)
   prepared = integer.prepare(state)
   assert all(isinstance(v, integer.IntegerLayer) for v in prepared.values())
-  slim = integer.without_kernels(variables, prepared)
-  found = jax.jit(integer.apply(net.apply))(slim, prepared, *args)
+  slim = integer_model.without_kernels(variables, prepared)
+  found = jax.jit(integer_model.apply(net.apply))(slim, prepared, *args)
   for layer, a, b in zip(layers, found, want, strict=True):
     assert a.dtype == b.dtype == (dtype or jnp.float32), layer.path
     assert a.shape == b.shape, layer.path
@@ -374,10 +381,10 @@ def test_layers_that_do_not_run_on_integers_are_simulated():
   assert [p for p, found in kinds.items() if found] == ['point']
   assert isinstance(prepared['text']['weight'], packing.PackedWeight)
   want = transform.quantize(net.apply)(variables, state, *args)
-  slim = integer.without_kernels(variables, prepared)
+  slim = integer_model.without_kernels(variables, prepared)
   kept = [p for p, v in slim['params'].items() if v['kernel'].size]
   assert sorted(kept) == ['same', 'valid']
-  found = integer.apply(net.apply)(slim, prepared, *args)
+  found = integer_model.apply(net.apply)(slim, prepared, *args)
   for layer, a, b in zip(layers, found, want, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=layer.path)
 
@@ -396,7 +403,7 @@ def test_unknown_convolutions_are_refused(conv):
   shape = (*conv.kernel_size, 4 // conv.feature_group_count, 4)
   layer, inputs = _layer(rng, shape, 8, 8)
   x = inputs(*[2, 6, 6][: len(conv.kernel_size) + 1], 4)
-  run = integer.apply(conv.apply)
+  run = integer_model.apply(conv.apply)
   variables = {'params': {'kernel': np.zeros(0), 'bias': np.zeros(4)}}
   with pytest.raises(ValueError, match="''.*"):
     run(variables, integer.prepare({'': layer}), x)
@@ -445,7 +452,7 @@ def test_unets_equal_simulated_ones(name):
     layer['act'] = affine.QParams(np.float32(scale), np.float32(zero_point), 8)
   prepared = integer.prepare(state)
   assert all(isinstance(v, integer.IntegerLayer) for v in prepared.values())
-  slim = integer.without_kernels(variables, prepared)
+  slim = integer_model.without_kernels(variables, prepared)
   distances = {}
 
   @jax.jit
@@ -455,7 +462,7 @@ def test_unets_equal_simulated_ones(name):
       out = call(*args, **kwargs)
       path = transform.path_of(context.module)
       if context.method_name == '__call__' and path in prepared:
-        other = integer.run_layer(context.module, prepared[path], *args)
+        other = integer_model.run_layer(context.module, prepared[path], *args)
         distances[path] = abs(other - out).max() / abs(out).max()
       return out
 
@@ -463,13 +470,15 @@ def test_unets_equal_simulated_ones(name):
       want = transform.quantize(net.apply)(variables, state, *args)
     return {
       'want': want,
-      'found': integer.apply(net.apply)(slim, prepared, *args),
+      'found': integer_model.apply(net.apply)(slim, prepared, *args),
       'distances': distances,
     }
 
   @jax.jit
   def run_alone(slim, layers, args):
-    return integer.apply(net.apply)(slim, integer.ready(layers), *args)
+    return integer_model.apply(net.apply)(
+      slim, integer_model.ready(layers), *args
+    )
 
   out = run(variables, slim, state, prepared, args)
   # Whole numbers in float32, in a program of their own.

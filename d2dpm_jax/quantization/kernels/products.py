@@ -1,0 +1,267 @@
+"""Linear layers and 3x3 convolutions of int8 by `hopper`, with what follows.
+
+Each takes codes minus their offset and returns bfloat16, or codes for the next
+layer. `fit` and `fit_conv` say whether shapes are among those that the kernel
+takes; the tiles are those that were fastest on an H100
+(benchmarks/kernels_gpu.py). Each is jitted, so that a program of many layers
+has one of every shape.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from d2dpm_jax.quantization.kernels import hopper
+from d2dpm_jax.quantization.kernels.hopper import Epilogue, Tiles
+
+Array = jax.Array
+
+_SIDE = 3  # Of the kernel of a convolution.
+_SHARED_BYTES = 220_000
+_STAGES = 6  # More do not help.
+LEAST_ROWS = Tiles().height
+_LEAST = 64  # Channels that a tile must be able to have.
+_LINE = 8  # Rows that shared memory has together, of images in a tile.
+_WIDTHS = (192, 256, 224, 128, 96, 64)  # Columns of a tile, the best first.
+_EVEN_WIDTHS = (256, 128)  # Of two halves.
+
+
+def _width(n: int, widths: tuple[int, ...] = _WIDTHS) -> int | None:
+  """Columns of a tile."""
+  return next((w for w in widths if n % w == 0), None)
+
+
+def _columns(n: int) -> int:
+  """Columns that are rescaled at a time, of a tile of n."""
+  return 64 if n % 64 == 0 else 32
+
+
+def _deepest(depth: int) -> int:
+  """Products that are added up at a time."""
+  return 128 if depth % 128 == 0 else 64
+
+
+def _tiles(rows: int, n: int, k: int, columns: int, band: int = 1) -> Tiles:
+  """With as many stages as shared memory holds beside the result."""
+  stage = (hopper.WARPGROUPS * rows + n) * k
+  result = hopper.WARPGROUPS * rows * n * 2
+  stages = min(_STAGES, (_SHARED_BYTES - result) // stage)
+  return Tiles(rows, n, k, stages, columns, band)
+
+
+def fit(rows: int, inputs: int, outputs: int) -> bool:
+  """Whether `linear` takes int8[rows, inputs] to [rows, outputs]."""
+  return (
+    rows % LEAST_ROWS == 0
+    and inputs % _LEAST == 0
+    and _width(outputs) is not None
+  )
+
+
+def fit_gated(rows: int, inputs: int, outputs: int) -> bool:
+  """Whether `gated` takes int8[rows, inputs] to both halves of outputs."""
+  whole = _width(outputs, _EVEN_WIDTHS) is not None
+  return whole and fit(rows, inputs, outputs)
+
+
+def fit_conv(shape: tuple[int, ...], inputs: int, outputs: int) -> bool:
+  """Whether `conv` makes [B, H, W, outputs], `shape` being B, H, W."""
+  images = math.gcd(shape[0], Tiles().rows)
+  return (
+    fit(math.prod(shape), inputs, outputs)
+    and images >= _LINE
+    and math.prod(shape[1:]) % (Tiles().rows // images) == 0
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
+def linear(
+  a: Array,
+  k: Array,
+  epilogue: Epilogue,
+  *,
+  tiles: Tiles | None = None,
+  interpret: Any = None,
+) -> Array:
+  """`(a k' + ..) scale + bias + residual`, see `hopper.product`.
+
+  Args:
+    a: int8[M, K].
+    k: int8[N, K], the kernel, transposed.
+    epilogue: without a grid.
+    tiles: None chooses.
+    interpret: what `plgpu.kernel` takes.
+
+  Returns:
+    bfloat16[M, N].
+
+  Raises:
+    ValueError: shapes do not fit each other or the tiles.
+  """
+  return _matrix(a, k, epilogue, tiles or _linear_tiles(k), interpret, 'linear')
+
+
+@functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
+def gated(
+  a: Array,
+  k: Array,
+  epilogue: Epilogue,
+  *,
+  tiles: Tiles | None = None,
+  interpret: Any = None,
+) -> Array:
+  """Codes of `y gelu(gate)`, where a linear layer returns y and the gate.
+
+  Args:
+    a: int8[M, K].
+    k: int8[2 N, K], the kernel, transposed.
+    epilogue: with the grid of the next layer, without a residual.
+    tiles: n columns of the layer make n / 2 of the result. None chooses.
+    interpret: what `plgpu.kernel` takes.
+
+  Returns:
+    int8[M, N], codes minus the offset.
+
+  Raises:
+    ValueError: shapes do not fit each other or the tiles.
+  """
+  return _matrix(a, k, epilogue, tiles or _gated_tiles(k), interpret, 'gated')
+
+
+def _linear_tiles(k: Array) -> Tiles:
+  n = _width(k.shape[0], (256, *_WIDTHS) if k.shape[0] >= 2048 else _WIDTHS)
+  assert n is not None
+  return _tiles(64, n, 64, _columns(n), band=4)
+
+
+def _gated_tiles(k: Array) -> Tiles:
+  n = _width(k.shape[0], _EVEN_WIDTHS)
+  if n is None:
+    raise ValueError(f'A kernel {k.shape} has no halves that fit tiles.')
+  return _tiles(64, n, _deepest(k.shape[1]), _columns(n // 2))
+
+
+def _matrix(
+  a: Array,
+  k: Array,
+  epilogue: Epilogue,
+  tiles: Tiles,
+  interpret: Any,
+  name: str,
+) -> Array:
+  if k.shape[1] != a.shape[1]:
+    raise ValueError(f'{a.shape} and {k.shape} do not fit.')
+
+  def lines(ref, first, columns):
+    return [ref.at[pl.ds(first, tiles.rows), columns]]
+
+  rows = hopper.Rows(
+    total=len(a),
+    parts=1,
+    operand=lambda ref, first, step: lines(
+      ref, first, pl.ds(step * tiles.k, tiles.k)
+    ),
+    outcome=lines,
+    shape=(len(a),),
+  )
+  return hopper.product(
+    a, k, epilogue, rows, tiles, name=name, interpret=interpret
+  )
+
+
+def kernel_layout(k: Array) -> Array:
+  """int8[O, KH KW I] of a kernel int8[KH, KW, I, O] or int8[I, O]."""
+  return jnp.moveaxis(k, -1, 0).reshape(k.shape[-1], -1)
+
+
+@functools.partial(jax.jit, static_argnames=('tiles', 'interpret'))
+def conv(
+  a: Array,
+  k: Array,
+  epilogue: Epilogue,
+  *,
+  tiles: Tiles | None = None,
+  interpret: Any = None,
+) -> Array:
+  """`(conv(a, k) + ..) scale + bias + residual` of a 3x3 convolution.
+
+  A tile has some images at some pixels. At one position of the kernel that is
+  one box for every pixel, without copies of windows.
+
+  Args:
+    a: int8[B, H + 2, W + 2, I], padded already.
+    k: int8[O, 9 I], see `kernel_layout`.
+    epilogue: without a grid; the residual is bfloat16[B, H, W, O].
+    tiles: k divides I. None chooses.
+    interpret: what `plgpu.kernel` takes.
+
+  Returns:
+    bfloat16[B, H, W, O].
+
+  Raises:
+    ValueError: shapes do not fit each other or the tiles.
+  """
+  b, height, width, depth = a.shape
+  height, width = height - 2, width - 2
+  n = k.shape[0]
+  tiles = tiles or _conv_tiles(b * height * width, depth, n)
+  images = math.gcd(b, tiles.rows)
+  if (
+    k.shape[1] != _SIDE**2 * depth
+    or depth % tiles.k
+    or images < _LINE
+    or (height * width) % (tiles.rows // images)
+  ):
+    raise ValueError(f'{a.shape}, {k.shape} and {tiles} do not fit.')
+  chunks, pixels = depth // tiles.k, height * width
+  parts = tiles.rows // images
+
+  def places(first):
+    """The first image, and the pixels of a tile."""
+    group, pixel = hopper.divide(first, pixels * images)
+    pixel, _ = hopper.divide(pixel, images)
+    return pl.ds(group * images, images), [pixel + j for j in range(parts)]
+
+  def operand(ref, first, step):
+    tap, chunk = hopper.divide(step, chunks)
+    down, right = hopper.divide(tap, _SIDE)
+    which, at = places(first)
+    lines = []
+    for pixel in at:
+      y, x = hopper.divide(pixel, width)
+      source = (y + down) * (width + 2) + x + right
+      lines.append(ref.at[which, source, pl.ds(chunk * tiles.k, tiles.k)])
+    return lines
+
+  def outcome(ref, first, columns):
+    which, at = places(first)
+    return [ref.at[which, pixel, columns] for pixel in at]
+
+  if epilogue.residual is not None:
+    residual = epilogue.residual.reshape(b, pixels, n)
+    epilogue = epilogue._replace(residual=residual)
+  y = hopper.product(
+    a.reshape(b, -1, depth),
+    k,
+    epilogue,
+    hopper.Rows(b * pixels, parts, operand, outcome, (b, pixels)),
+    tiles,
+    name='conv',
+    interpret=interpret,
+  )
+  return y.reshape(b, height, width, n)
+
+
+def _conv_tiles(rows: int, depth: int, n: int) -> Tiles:
+  columns = _width(n)
+  assert columns is not None
+  k, tall = _deepest(depth), 128
+  if k == 64 and columns <= 192 and rows % (2 * tall) == 0:
+    return _tiles(tall, columns, k, 32)
+  return _tiles(64, columns, k, _columns(columns))
