@@ -58,8 +58,7 @@ without, weights have a range per output channel. All tables at once
 """
 
 import ml_collections
-
-from configs import common
+from d2dpm_jax.configs import common
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:

@@ -37,8 +37,7 @@ All corrections at once, judged against statistics of the data set
 """
 
 import ml_collections
-
-from configs import common
+from d2dpm_jax.configs import common
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:

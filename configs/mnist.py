@@ -25,8 +25,7 @@ d2dpm_jax/pretrained/README.md):
 """
 
 import ml_collections
-
-from configs import common
+from d2dpm_jax.configs import common
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:

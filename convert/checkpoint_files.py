@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from convert.pickle_names import CheckpointError
+from .pickle_names import CheckpointError
 
 _log = logging.getLogger(__name__)
 

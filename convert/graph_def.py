@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.pickle_names import CheckpointError
-from convert.torch_storage import TensorRef
+from .pickle_names import CheckpointError
+from .torch_storage import TensorRef
 
 # Kinds of values on the wire.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5

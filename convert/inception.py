@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from convert import graph_def, names
-from convert.torch_reader import TensorRef, open_checkpoint
+from . import graph_def, names
+from .torch_reader import TensorRef, open_checkpoint
 
 # Name of a file that people have -> who publishes it.
 PUBLISHED = {

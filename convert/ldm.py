@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert import names
-from convert.torch_reader import TensorRef
 from d2dpm_jax.diffusion import schedule
 from d2dpm_jax.models.latent_diffusion import LatentDiffusion
+
+from . import names
+from .torch_reader import TensorRef
 
 # Part of the model -> prefix of its tensors.
 _PREFIXES = {

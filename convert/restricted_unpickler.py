@@ -11,7 +11,7 @@ import pickletools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from convert.pickle_names import (
+from .pickle_names import (
   PLAIN,
   CheckpointError,
   Known,

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from convert import restricted_unpickler
-from convert.checkpoint_files import Archive, File, Member, Window
-from convert.pickle_names import CheckpointError
-from convert.torch_storage import TORCH_NAMES, Storage, parse_persistent_id
+from . import restricted_unpickler
+from .checkpoint_files import Archive, File, Member, Window
+from .pickle_names import CheckpointError
+from .torch_storage import TORCH_NAMES, Storage, parse_persistent_id
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001

@@ -26,10 +26,10 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from convert import torch_formats
-from convert.checkpoint_files import Archive, File
-from convert.pickle_names import CheckpointError, Opaque
-from convert.torch_storage import TensorRef
+from . import torch_formats
+from .checkpoint_files import Archive, File
+from .pickle_names import CheckpointError, Opaque
+from .torch_storage import TensorRef
 
 __all__ = [
   'Checkpoint',

@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.pickle_names import CheckpointError, Known, Opaque
+from .pickle_names import CheckpointError, Known, Opaque
 
 _DTYPES: Mapping[str, Any] = {
   'Float': np.float32,

@@ -55,8 +55,10 @@ def _config(
   """That of a file of configs/; see `load`."""
   file, _, arg = name.partition(':')
   module = None
-  if file.isidentifier() and importlib.util.find_spec(f'configs.{file}'):
-    module = importlib.import_module(f'configs.{file}')
+  if file.isidentifier() and importlib.util.find_spec(
+    f'd2dpm_jax.configs.{file}'
+  ):
+    module = importlib.import_module(f'd2dpm_jax.configs.{file}')
   get_config = getattr(module, 'get_config', None)
   if get_config is None:
     raise ValueError(f'There is no config {file!r} in configs/.')

@@ -5,8 +5,8 @@ import pathlib
 import re
 
 import pytest
+from d2dpm_jax.configs import common
 
-from configs import common
 from d2dpm_jax.pipelines import generation, layer_bits, quantize, setup
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -26,7 +26,7 @@ def test_experiments_are_found():
 @pytest.mark.parametrize('name', _NAMES)
 def test_rules_fit_the_network(name):
   """Each rule matches a layer, first and last layers get their own bits."""
-  config = importlib.import_module(f'configs.{name}').get_config()
+  config = importlib.import_module(f'd2dpm_jax.configs.{name}').get_config()
   model = setup.outline(config)
   table, layers = layer_bits.layer_policy(model)
   assert [layer.path for layer in layers] == list(table)
@@ -57,7 +57,7 @@ def test_rules_fit_the_network(name):
 @pytest.mark.parametrize('words', ['', 'full', 'fast', 'paper_w8a8'])
 def test_words_of_the_argument_are_independent(name, words):
   """A sampler word changes the sampler alone, in any place."""
-  get_config = importlib.import_module(f'configs.{name}').get_config
+  get_config = importlib.import_module(f'd2dpm_jax.configs.{name}').get_config
   want = setup.plain(get_config(words))
   conditional = want['model']['cond_stage'] is not None
   word = 's1.5_eta0.5_250' if conditional else 'eta0.5_250'
@@ -74,20 +74,20 @@ def test_words_of_the_argument_are_independent(name, words):
 
 def test_words_of_the_paper():
   """What they stand for, as numbers."""
-  config = importlib.import_module('configs.imagenet').get_config(
+  config = importlib.import_module('d2dpm_jax.configs.imagenet').get_config(
     'paper_w8a8,s1.5_eta1_250'
   )
   assert setup.plain(config.sampler) == {
     'steps': 250, 'eta': 1.0, 'guidance_scale': 1.5
   }  # fmt: skip
   assert config.quant.weight_bits == 8 and not config.quant.per_channel
-  config = importlib.import_module('configs.lsun_bedrooms').get_config(
-    'eta0_200,paper_w4a8'
-  )
+  config = importlib.import_module(
+    'd2dpm_jax.configs.lsun_bedrooms'
+  ).get_config('eta0_200,paper_w4a8')
   assert config.sampler.eta == 0 and config.sampler.guidance_scale == 1
   assert config.quant.float_layers == common.PAPER_FLOAT_LAYERS_LSUN
   assert config.quant.weight_bits == 4
-  mnist = importlib.import_module('configs.mnist')
+  mnist = importlib.import_module('d2dpm_jax.configs.mnist')
   assert mnist.get_config('s3_eta1_20').calibration.num_samples == 128
 
 
@@ -108,7 +108,7 @@ def test_words_of_the_paper():
 )
 def test_words_that_are_none(name, arg, parts):
   with pytest.raises(ValueError) as error:
-    importlib.import_module(f'configs.{name}').get_config(arg)
+    importlib.import_module(f'd2dpm_jax.configs.{name}').get_config(arg)
   for part in (repr(arg), *parts):
     assert part in str(error.value)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import venv
+import zipfile
 
 import pytest
 
@@ -44,11 +45,38 @@ def test_every_file_of_the_package_is_in_the_wheel(project):
     and not path.name.startswith('.')
   }
   assert others and others <= packed
-  for folder in ('d2dpm_jax', 'configs', 'convert'):
+  settings = project['tool']['setuptools']
+  beside = {
+    pathlib.Path(folder): name
+    for name, folder in settings['package-dir'].items()
+  }
+  assert set(map(str, beside)) == {'configs', 'convert'}
+  found = set()
+  for folder in ('d2dpm_jax', *map(str, beside)):
     for path in (_ROOT / folder).rglob('*.py'):
       assert (path.parent / '__init__.py').is_file(), path
-    include = project['tool']['setuptools']['packages']['find']['include']
-    assert f'{folder}*' in include
+      inside = path.parent.relative_to(_ROOT)
+      found.add(beside.get(inside, '.'.join(inside.parts)))
+  assert len(set(settings['packages'])) == len(settings['packages'])
+  assert found == set(settings['packages'])
+
+
+def test_nothing_is_installed_under_a_common_name(project):
+  for name in project['tool']['setuptools']['packages']:
+    assert name.split('.')[0] == project['project']['name']
+
+
+def test_folders_beside_the_package_are_imported_as_parts_of_it():
+  beside = ('configs', 'convert')
+  for name in beside:
+    module = importlib.import_module(f'd2dpm_jax.{name}')
+    (found,) = module.__path__
+    assert pathlib.Path(found).samefile(_ROOT / name)
+  # By their own names they are there in a checkout alone.
+  alone = re.compile(rf'^ *(import|from) ({"|".join(beside)})\b', re.MULTILINE)
+  for folder in ('d2dpm_jax', 'examples', *beside):
+    for path in (_ROOT / folder).rglob('*.py'):
+      assert not alone.search(path.read_text()), path
 
 
 def test_every_requirement_has_a_range_and_extras_agree(project):
@@ -95,11 +123,15 @@ def test_a_wheel_in_a_bare_environment(tmp_path):
   folder = tmp_path / 'venv' / 'bin'
   source = tmp_path / 'source'  # Setuptools builds where the source is.
   shutil.copytree(
-    _ROOT, source, ignore=shutil.ignore_patterns('.*', 'out*', 'build')
+    _ROOT,
+    source,
+    ignore=shutil.ignore_patterns('.*', 'out*', 'build', '*.egg-info'),
   )
 
-  # Perhaps of another version of XLA, which ends at flags it does not know.
-  env = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  # Perhaps of another version of XLA, which ends at flags it does not know; and
+  # what lies on a path counts as installed.
+  others = ('XLA_FLAGS', 'PYTHONPATH')
+  env = {k: v for k, v in os.environ.items() if k not in others}
 
   def call(*command):
     done = subprocess.run(
@@ -114,8 +146,14 @@ def test_a_wheel_in_a_bare_environment(tmp_path):
 
   call(folder / 'pip', 'wheel', '--no-deps', '-w', tmp_path / 'dist', source)
   (wheel,) = (tmp_path / 'dist').glob('*.whl')
+  with zipfile.ZipFile(wheel) as archive:
+    tops = {name.split('/')[0] for name in archive.namelist()}
+  assert tops == {'d2dpm_jax', wheel.name.split('-py3')[0] + '.dist-info'}
   call(folder / 'pip', 'install', wheel)
   assert 'd2dpm --config mnist' in call(folder / 'd2dpm', '--help')
+  for name in ('imagenet', 'configs/imagenet.py'):
+    plan = ('--mode', 'convert', '--dry_run')
+    assert 'imagenet' in call(folder / 'd2dpm', '--config', name, *plan)
   call(
     folder / 'd2dpm', '--config', 'mnist', '--mode', 'sample',
     '--config.sample.quantized=False', '--config.sample.num_images=2',

@@ -5,8 +5,7 @@ import pathlib
 import jax
 import ml_collections
 import numpy as np
-
-from configs import mnist
+from d2dpm_jax.configs import mnist
 
 
 def get_config(arg: str = '') -> ml_collections.ConfigDict:

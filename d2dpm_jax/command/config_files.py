@@ -21,9 +21,9 @@ def shipped() -> pathlib.Path:
   Raises:
     FileNotFoundError: they are not installed.
   """
-  found = importlib.util.find_spec('configs')
+  found = importlib.util.find_spec('d2dpm_jax.configs')
   if found is None or not found.submodule_search_locations:
-    raise FileNotFoundError('The package `configs` is not installed.')
+    raise FileNotFoundError('The package d2dpm_jax.configs is not installed.')
   return pathlib.Path(next(iter(found.submodule_search_locations)))
 
 

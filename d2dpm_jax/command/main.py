@@ -388,13 +388,11 @@ def _logging() -> Iterator[None]:
   handler.setFormatter(logging.Formatter('%(message)s'))
   root = logging.getLogger()
   root.addHandler(handler)
-  ours = [logging.getLogger(name) for name in ('d2dpm_jax', 'convert')]
-  levels = [logger.level for logger in ours]
-  for logger in ours:
-    logger.setLevel(logging.INFO)
+  ours = logging.getLogger('d2dpm_jax')
+  level = ours.level
+  ours.setLevel(logging.INFO)
   try:
     yield
   finally:
     root.removeHandler(handler)
-    for logger, level in zip(ours, levels, strict=True):
-      logger.setLevel(level)
+    ours.setLevel(level)

@@ -54,7 +54,6 @@ class _Trial(NamedTuple):
   place: np.ndarray  # float64[H, W, C]
   left_variance: np.ndarray  # float64[K, C]
   r2: np.ndarray  # float64[K]
-  r2_about_mean: np.ndarray  # float64[K]
   standard_error: np.ndarray  # float64[K]
 
 
@@ -73,8 +72,6 @@ class HeldOut(Table):
     left_variance: float64[S, K, C], variance of d - prediction, held out.
     r2: float64[S, K], 1 - E[(d - prediction)**2] / E[d**2], held out; that of
       'none' is 0. Negative where a candidate does harm.
-    r2_about_mean: float64[S, K], the same over the variance of d about its mean
-      in the whole tensor.
     standard_error: float64[S, K], of `r2`, over held-out images; how much fits
       to other images would differ is not in it.
     allowed: int64[S, K], 1 for candidates that may be chosen, see `settle`;
@@ -84,7 +81,7 @@ class HeldOut(Table):
 
   NAME: ClassVar[str] = 'table of held-out errors'
   FORMAT: ClassVar[str] = 'd2dpm_jax.held_out'
-  VERSION: ClassVar[int] = 3
+  VERSION: ClassVar[int] = 4
   INTEGERS: ClassVar[tuple[str, ...]] = ('timesteps', 'allowed')
 
   timesteps: np.ndarray
@@ -93,7 +90,6 @@ class HeldOut(Table):
   place: np.ndarray
   left_variance: np.ndarray
   r2: np.ndarray
-  r2_about_mean: np.ndarray
   standard_error: np.ndarray
   allowed: np.ndarray
   settings: Any = dataclasses.field(default_factory=dict)
@@ -111,7 +107,7 @@ class HeldOut(Table):
       raise ValueError(
         f'place has shape {place}: expected {rows[0]}, H, W, {channels}.'
       )
-    for name in ('r2', 'r2_about_mean', 'standard_error', 'allowed'):
+    for name in ('r2', 'standard_error', 'allowed'):
       self._check_shape(name, rows)
     for name in ('left_variance', 'standard_error'):
       if (getattr(self, name) < 0).any():
@@ -223,10 +219,6 @@ def _try(
   mean_square, mean = square.sum(1) / elements, total.sum(1) / elements
   by_image = square.sum(2)
   r2, error = _r2(by_image, by_image[0])
-  whole = mean_square[0].mean() - np.square(mean[0].mean())
-  share = np.ones(len(r2))
-  if whole > 0:
-    share = mean_square.mean(1) / whole
   maps = _maps(tensor, channel, linear.add(sums))
   bias = np.stack([m.offset.mean(0) for m in maps])
   shape = np.shape(next(iter(points()))[0])[1:]
@@ -236,7 +228,6 @@ def _try(
     (maps[-1].offset - bias[-1]).reshape(shape),
     np.maximum(mean_square - np.square(mean), 0.0),
     r2,
-    1 - share,
     error,
   )
 

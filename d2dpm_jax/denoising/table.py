@@ -8,6 +8,7 @@ import hashlib
 import json
 import lzma
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 # What reading a damaged .npz raises. RuntimeError: a flag says that it is
-# encrypted, or compressed in a way that zipfile lacks. The same tuple is in
-# `runtime.files`, which this room does without.
+# encrypted, or compressed in a way that zipfile lacks. The last four: headers
+# of arrays are Python. The same tuple is in `runtime.files`, which this room
+# does without.
 _DAMAGE = (
   OSError,
   ValueError,
@@ -27,6 +29,10 @@ _DAMAGE = (
   zipfile.BadZipFile,
   zlib.error,
   lzma.LZMAError,
+  SyntaxError,
+  tokenize.TokenError,
+  TypeError,
+  OverflowError,
 )
 
 

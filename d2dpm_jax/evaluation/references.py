@@ -20,6 +20,8 @@ from d2dpm_jax.evaluation.features import FeatureNet, Summary
 from d2dpm_jax.runtime import files
 
 _FORMAT = 1
+# A damaged header may ask for any size.
+_DAMAGE = (*files.DAMAGE, MemoryError)
 # The names of the statistics in openai/guided-diffusion's reference batches.
 _ARRAYS = ('mu', 'sigma', 'mu_s', 'sigma_s')
 _SERVES = {
@@ -91,7 +93,7 @@ def load_batch_statistics(
   try:
     with np.load(path, allow_pickle=False) as archive:
       arrays = {name: archive[name] for name in _ARRAYS}
-  except Exception as error:  # zipfile and zlib raise many kinds.
+  except _DAMAGE as error:
     raise ValueError(f'The reference {path} is damaged: {error}') from error
   for name, array in arrays.items():
     dim = spatial if name.endswith('_s') else features
@@ -143,7 +145,7 @@ def load(path: pathlib.Path, net: FeatureNet) -> Summary:
     with np.load(path, allow_pickle=False) as archive:
       meta = json.loads(str(archive['meta']))
       arrays = {name: archive[name] for name in (*_ARRAYS, 'vectors')}
-  except Exception as error:  # zipfile and zlib raise many kinds.
+  except _DAMAGE as error:
     raise ValueError(
       f'{path} is damaged or holds no reference statistics: {error}'
     ) from error

@@ -5,9 +5,9 @@ import logging
 import jax.numpy as jnp
 
 from d2dpm_jax.models.latent_diffusion import LatentDiffusion
-from d2dpm_jax.pipelines import generation, setup
+from d2dpm_jax.pipelines import setup
 from d2dpm_jax.quantization import memory
-from d2dpm_jax.runtime import devices
+from d2dpm_jax.runtime import devices, microbatches
 
 _log = logging.getLogger(__name__)
 _SHARE = 0.9  # Of the free memory, to be filled at most.
@@ -17,7 +17,7 @@ _IN_FLIGHT = 3  # Batches: one is written, one waits, one is computed.
 _UNKNOWN = 64  # Images, where devices do not tell of their memory, as CPUs.
 
 
-def choose(model: setup.Model, program: generation.Program) -> int:
+def choose(model: setup.Model, program: microbatches.Program) -> int:
   """Images per call over all devices of this process.
 
   A device computes a microbatch at a time, whatever the batch; of more of them

@@ -13,8 +13,8 @@ import ml_collections
 import numpy as np
 from clu import parameter_overview
 
-from convert import ldm, ldm_yaml
-from convert.torch_reader import CheckpointError, open_checkpoint
+from d2dpm_jax.convert import ldm, ldm_yaml
+from d2dpm_jax.convert.torch_reader import CheckpointError, open_checkpoint
 from d2dpm_jax.models import latent_diffusion
 from d2dpm_jax.pipelines import setup
 from d2dpm_jax.runtime import files, progress, weights

@@ -27,9 +27,9 @@ from d2dpm_jax.pipelines import (
   image_names,
   installation,
   judges,
-  metrics_table,
   setup,
 )
+from d2dpm_jax.reporting import metrics_table
 from d2dpm_jax.runtime import files, progress
 
 _log = logging.getLogger(__name__)

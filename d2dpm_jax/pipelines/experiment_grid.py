@@ -7,7 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from configs import common
+from d2dpm_jax.configs import common
 from d2dpm_jax.denoising import correction as corrections
 from d2dpm_jax.pipelines.generation import SamplerSettings
 

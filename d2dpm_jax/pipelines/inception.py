@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from convert import inception as conversion
+from d2dpm_jax.convert import inception as conversion
 from d2dpm_jax.evaluation import inception
 from d2dpm_jax.evaluation.features import Activations, FeatureNet
 from d2dpm_jax.runtime import weights

@@ -22,7 +22,15 @@ from d2dpm_jax.pipelines import (
   statistics,
   trajectories,
 )
-from d2dpm_jax.runtime import devices, files, images, processes, progress
+from d2dpm_jax.reporting import comparison
+from d2dpm_jax.runtime import (
+  devices,
+  files,
+  images,
+  microbatches,
+  processes,
+  progress,
+)
 
 _log = logging.getLogger(__name__)
 _GRID = 64  # Images shown in the picture, at most.
@@ -226,7 +234,7 @@ def generate(
     channel_wise: which error model; has no effect on 'auto'.
     absorb: see `correction_rows`.
     batch_size: images per call.
-    microbatch: see `generation`.
+    microbatch: see `runtime.microbatches`.
     seed: of all noise.
 
   Returns:
@@ -255,7 +263,7 @@ def generate(
 class Runner(NamedTuple):
   """A compiled sampler with everything but image numbers and labels."""
 
-  program: generation.Program
+  program: microbatches.Program
   inputs: generation.Inputs
 
   def __call__(self, index: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -264,8 +272,8 @@ class Runner(NamedTuple):
 
   def launch(
     self, index: np.ndarray, labels: np.ndarray, room: int = 0
-  ) -> generation.Launched:
-    """Begins with a batch; see `generation.Program.launch`."""
+  ) -> microbatches.Launched:
+    """Begins with a batch; see `microbatches.Program.launch`."""
     return self.program.launch(self.inputs, index, labels, room=room)
 
 
@@ -354,7 +362,7 @@ def compare(
       model.config.seed,
     )
     pictures.append(run_batch(index, labels)['images'])
-    distance = distance_text(pictures[0], pictures[-1])
+    distance = comparison.distance_text(pictures[0], pictures[-1])
     row_names.append(f'{name}\n{distance}'.strip())
     _log.info('%-14s %s', name, distance)
   scale = max(1, 64 // pictures[0].shape[1])
@@ -377,11 +385,3 @@ def compare(
   images.save_png(target, picture)
   _log.info('Wrote %s', target)
   return target
-
-
-def distance_text(reference: np.ndarray, other: np.ndarray) -> str:
-  """PSNR of uint8 images to those of full precision, in words."""
-  if reference is other:
-    return ''
-  error = np.square(reference.astype(float) - other.astype(float)).mean()
-  return f'{10 * np.log10(255**2 / error):.2f} dB PSNR' if error else 'equal'

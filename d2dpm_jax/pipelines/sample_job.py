@@ -13,25 +13,32 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from d2dpm_jax.pipelines import generation, shards
-from d2dpm_jax.runtime import background, files, metrics, processes, progress
+from d2dpm_jax.pipelines import shards
+from d2dpm_jax.runtime import (
+  background,
+  files,
+  metrics,
+  microbatches,
+  processes,
+  progress,
+)
 
 _log = logging.getLogger(__name__)
 _LISTING_S = 120.0
 
 
 class Run(Protocol):
-  """Begins with a batch; see `generation.Program.launch`."""
+  """Begins with a batch; see `microbatches.Program.launch`."""
 
   def launch(
     self, index: np.ndarray, labels: np.ndarray, room: int = 0
-  ) -> generation.Launched: ...
+  ) -> microbatches.Launched: ...
 
 
 class _Batch(NamedTuple):
   start: int
   labels: np.ndarray
-  launched: generation.Launched
+  launched: microbatches.Launched
 
 
 def make(

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from flax import traverse_util
 
-from convert import ldm_yaml
+from d2dpm_jax.convert import ldm_yaml
 from d2dpm_jax.models import latent_diffusion
 from d2dpm_jax.models.latent_diffusion import LatentDiffusion
 from d2dpm_jax.pipelines.generation import SamplerSettings

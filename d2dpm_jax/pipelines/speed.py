@@ -15,7 +15,7 @@ import numpy as np
 from d2dpm_jax.diffusion import noise
 from d2dpm_jax.pipelines import artifacts, generation, layer_bits, setup
 from d2dpm_jax.quantization import affine, cost, packing, transform
-from d2dpm_jax.runtime import devices, files, timing
+from d2dpm_jax.runtime import devices, files, microbatches, timing
 
 _log = logging.getLogger(__name__)
 
@@ -286,7 +286,7 @@ def _measure_run(
 
 
 def _compile(
-  program: generation.Program, inputs: Any, *arrays: np.ndarray
+  program: microbatches.Program, inputs: Any, *arrays: np.ndarray
 ) -> tuple[Any, dict[str, float]]:
   """The program for these shapes, and the seconds that making it took.
 
@@ -308,7 +308,7 @@ def _times(
 ) -> tuple[list[float], Any]:
   """Seconds until the results are on the host, and the results."""
   out: list[Any] = []
-  given = generation.arguments(inputs)
+  given = microbatches.arguments(inputs)
 
   def run() -> Any:
     out[:] = [jax.device_get(compiled(given, np.int32(1), arrays))]

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -24,6 +23,7 @@ from d2dpm_jax.diffusion import noise
 from d2dpm_jax.pipelines import (
   artifacts,
   generation,
+  quantized_walk,
   setup,
   trajectories,
   trial,
@@ -239,104 +239,58 @@ def _fit_full_precision(
   return _fit(steps, points, model), points
 
 
-def _correction_row(
-  found: Statistics, settings: ml_collections.ConfigDict, t: int
-) -> Any:
-  """That of `settings.correction` at timestep t."""
-  table = found.rows(
-    settings.correction, [t], settings.channel_wise, settings.absorb_variance
-  )
-  return jax.tree.map(lambda column: column[0], table)
-
-
 def _fit_quantized(
   model: setup.Model,
   qstate: transform.QuantState,
   spool: trajectories.Trajectories,
   paths: files.Workdir,
 ) -> tuple[Statistics, PointsAt]:
-  """On trajectories of the quantized, corrected network.
+  """On trajectories of the quantized, corrected network."""
+  walk = quantized_walk.Walk.begin(
+    model,
+    qstate,
+    paths.calibration / 'quantized_trajectories',
+    _walk_settings(model),
+  )
+  steps = walk.rows.t.tolist()
 
-  They begin where those of the spool do, with the same labels and the same
-  noise on the way. Every array is written when it is there, and a step needs
-  those of the step before alone: a run that was killed goes on in mid-step.
-  """
+  def points(t: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    starts = (start for start, *_ in _batches(model, spool))
+    return walk.points(steps.index(t), starts)
+
+  found: list[Statistics] = []
+  shares = processes.own(list(_batches(model, spool)))
+  total = sum(count for _, count, _ in shares) * len(steps)
+  with progress.progress('statistics', total, 'evaluation') as bar:
+    for number, t in enumerate(steps):
+      before = found[-1] if found else None
+      for count, reused in walk.step(number, before, shares):
+        bar.update(count, reused=reused)
+      processes.wait_for_all('step')
+      opened = list(points(t))  # Not in the threads that fit.
+      there = functools.partial(lambda opened, t: iter(opened), opened)
+      found.append(_fit([t], there, model))
+  return _joined(found), points
+
+
+def _walk_settings(model: setup.Model) -> dict[str, Any]:
+  """What decides every number of the trajectories of `_fit_quantized`."""
   config = model.config
-  directory = paths.calibration / 'quantized_trajectories'
   collected = {
     **setup.plain(config.statistics),
     **collection_settings(config),
     'seed': config.seed,
     'microbatch': config.sample.microbatch,
   }
-  wanted = {**settings_of(model), 'statistics': collected}
-  processes.from_first('claim', lambda: trajectories.claim(directory, wanted))
-  rows = generation.rows_of(model.ldm, model.sampler)
-  networks = generation.pair_program(
-    model.ldm, model.sampler, config.sample.microbatch
-  )
-  advance = generation.advance_program(
-    model.ldm,
-    model.sampler,
-    config.sample.correction,
-    config.sample.microbatch,
-  )
-  state = generation.executable(qstate, config.quant.execution)
-  params = generation.network_params(
-    model.params, state, config.quant.float_dtype
-  )
-  params = {**params, 'full': model.params['unet']}
-  inputs = devices.replicate(
-    generation.Inputs(params, state, None, trajectories.noise_key(config.seed))
-  )
+  return {**settings_of(model), 'statistics': collected}
 
-  def read(step: int, start: int, name: str) -> np.ndarray:
-    return trajectories.read_array(directory, f'{step:03d}.{start:06d}.{name}')
 
-  steps = rows.t.tolist()
-
-  def points(t: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    step = steps.index(t)
-    for start, *_ in _batches(model, spool):
-      eps_q, eps, x = (
-        read(step, start, name) for name in ('eps_q', 'eps', 'x')
-      )
-      yield eps_q, eps, x
-
-  found: list[Statistics] = []
-  batches = processes.own(list(_batches(model, spool)))
-  total = sum(count for _, count, _ in batches) * len(rows.t)
-  with progress.progress('statistics', total, 'evaluation') as bar:
-    for step, t in enumerate(steps):
-      here = generation.step_inputs(inputs, rows, step)
-      if found:
-        correct = _correction_row(found[-1], config.sample, rows.t[step - 1])
-        before = generation.step_inputs(inputs, rows, step - 1, correct)
-      for start, count, batch in batches:
-        names = ('x', 'eps', 'eps_q')
-        stems = [f'{step:03d}.{start:06d}.{name}' for name in names]
-        reused = all([trajectories.has_array(directory, s) for s in stems])
-        if not reused:
-          x = batch.x[:count, 0]
-          if found:
-            index = np.arange(start, start + count, dtype=np.int32)
-            last = (read(step - 1, start, name) for name in ('x', 'eps_q'))
-            x = advance(before, index, *last)
-          out = networks(here, x, batch.labels[:count])
-          arrays = (x, out['eps'], out['eps_q'])
-          for stem, array in zip(stems, arrays, strict=True):
-            trajectories.write_array(directory, stem, array)
-        bar.update(count, reused=reused)
-
-      processes.wait_for_all('step')
-      opened = list(points(t))  # Not in the threads that fit.
-      there = functools.partial(lambda opened, t: iter(opened), opened)
-      found.append(_fit([t], there, model))
-  joined = Statistics(
+def _joined(found: Sequence[Statistics]) -> Statistics:
+  """Those of all steps, from those of each."""
+  return Statistics(
     {
       kind: gaussian.ErrorModel.join([f.error_models[kind] for f in found])
       for kind in ('tensor', 'channel')
     },
     selection.HeldOut.join([f.held_out for f in found]),
   )
-  return joined, points

@@ -142,8 +142,15 @@ def _plus(
     or not _fits(module, layer, x.shape, residual)
   ):
     return None
-  a = integer.input_operand(layer.plain, x)
-  return _product(module, layer, _padded(layer, a), None, residual)
+  a = _padded(layer, _quantized(layer, x))
+  return _product(module, layer, a, None, residual)
+
+
+def _quantized(layer: FusedLayer, x: Array) -> Array:
+  """int8 codes of the input minus the offset, as other kernels make them."""
+  inverse, low, high, zero = layer.grid
+  quotient = jnp.clip(x.astype(jnp.float32) * inverse, low, high)
+  return (integer.rounded(quotient) + zero.astype(jnp.int32)).astype(jnp.int8)
 
 
 def _padded(layer: FusedLayer, a: Array) -> Array:
@@ -151,8 +158,7 @@ def _padded(layer: FusedLayer, a: Array) -> Array:
   if not layer.is_3x3:
     return a
   ends = [(0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)]
-  zero = (-integer.act_shift(layer.plain)).astype(jnp.int8)
-  return jax.lax.pad(a, zero, ends)
+  return jax.lax.pad(a, layer.grid[3].astype(jnp.int8), ends)
 
 
 def _after_upsample(
@@ -168,7 +174,7 @@ def _after_upsample(
     or not _fits(module, layer, shape, None)
   ):
     return None
-  a = integer.input_operand(layer.plain, x)[:, :, None, :, None]
+  a = _quantized(layer, x)[:, :, None, :, None]
   a = jnp.broadcast_to(a, (b, height, 2, width, 2, depth)).reshape(shape)
   return _product(module, layer, _padded(layer, a), None, None)
 

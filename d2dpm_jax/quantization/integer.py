@@ -276,7 +276,7 @@ def _clipped(layer: IntegerLayer, x: Array) -> Array:
   return jnp.clip(x.astype(jnp.float32) / layer.act.scale, low, high)
 
 
-def _rounded(v: Array) -> Array:
+def rounded(v: Array) -> Array:
   """int32: `v`, |v| < 2**22, rounded half to even.
 
   A float32 near 1.5 * 2**23 has no bits for a fraction, and counts in ones from
@@ -293,7 +293,7 @@ def input_operand(layer: IntegerLayer, x: Array) -> Array:
 
   The codes are those of `affine.quantize`, bit for bit.
   """
-  a = (_rounded(_clipped(layer, x)) - act_shift(layer)).astype(jnp.int8)
+  a = (rounded(_clipped(layer, x)) - act_shift(layer)).astype(jnp.int8)
   if layer.shift is None:
     return a
   # Or its sum over channels would be fused with all that `a` is computed from.

@@ -11,6 +11,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+FOLD = 12  # Tables of more rows are to be folded.
 _COLOURS = 256  # Of a figure; they are drawn in few.
 _SMALL = 64  # Pixels of a side: up to so many, images are kept exactly.
 

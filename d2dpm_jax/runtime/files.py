@@ -7,6 +7,7 @@ import lzma
 import os
 import pathlib
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,8 @@ except ImportError:  # Windows: nothing keeps two processes apart there.
 _TEMPORARY = '.unfinished'
 
 # What reading a damaged .npz raises. RuntimeError: a flag says that it is
-# encrypted, or compressed in a way that zipfile lacks.
+# encrypted, or compressed in a way that zipfile lacks. The last four: headers
+# of arrays are Python.
 DAMAGE = (
   OSError,
   ValueError,
@@ -32,6 +34,10 @@ DAMAGE = (
   zipfile.BadZipFile,
   zlib.error,
   lzma.LZMAError,
+  SyntaxError,
+  tokenize.TokenError,
+  TypeError,
+  OverflowError,
 )
 
 

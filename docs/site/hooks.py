@@ -89,7 +89,9 @@ def _summary(path: pathlib.Path) -> str:
 
 def _module_page(path: pathlib.Path) -> str:
   name = '.'.join(path.relative_to(_ROOT).with_suffix('').parts)
-  return f'# {path.stem}\n\n`{name}`\n\n::: {name}\n'
+  # `convert` lies beside the package, and is imported as a part of it.
+  imported = name if name.startswith('d2dpm_jax.') else f'd2dpm_jax.{name}'
+  return f'# {path.stem}\n\n`{imported}`\n\n::: {name}\n'
 
 
 def _cell(text: str) -> str:

@@ -77,7 +77,7 @@ def test_options_of_a_command_line():
 @pytest.mark.parametrize('name', ['mnist', 'imagenet', 'lsun_churches'])
 def test_every_field_has_a_comment(name):
   path = _CONFIGS / f'{name}.py'
-  config = importlib.import_module(f'configs.{name}').get_config()
+  config = importlib.import_module(f'd2dpm_jax.configs.{name}').get_config()
   said = config_files.comments(path)
   missing = [f for f in config_files.flatten(config) if not said.get(f)]
   assert not missing
@@ -86,7 +86,7 @@ def test_every_field_has_a_comment(name):
 def test_comments_are_those_of_the_source(tmp_path):
   path = tmp_path / 'mine.py'
   path.write_text(
-    'from configs import common\n'
+    'from d2dpm_jax.configs import common\n'
     'def get_config(arg=""):\n'
     '  config = common.base_config(arg)\n'
     '  # Two lines\n'
@@ -122,7 +122,7 @@ def test_listing_of_fields(capsys):
   text = _call(
     capsys, '--config', 'mnist', '--config.sampler.steps=7', '--help_config'
   )
-  config = importlib.import_module('configs.mnist').get_config()
+  config = importlib.import_module('d2dpm_jax.configs.mnist').get_config()
   for name in config_files.flatten(config):
     assert f'  {name}=' in text
   assert '  sampler.steps=7 ' in text

@@ -3,9 +3,8 @@
 import sys
 
 import pytest
+from d2dpm_jax.convert.torch_reader import CheckpointError, open_checkpoint
 from torch_files import pickle_weights, write_zip
-
-from convert.torch_reader import CheckpointError, open_checkpoint
 
 _RUNS_CODE = frozenset(
   'code.__new__ compile ctypes.dlopen exec import marshal.loads os.exec '

@@ -12,8 +12,8 @@ import pathlib
 import numpy as np
 import torch_files
 import yaml
+from d2dpm_jax.convert.torch_reader import TensorRef
 
-from convert.torch_reader import TensorRef
 from d2dpm_jax.diffusion import schedule
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'

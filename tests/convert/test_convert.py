@@ -14,11 +14,11 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from d2dpm_jax.configs import imagenet, lsun_bedrooms, lsun_churches
+from d2dpm_jax.convert import ldm
 from ldm_files import family, write_checkpoint
 from torch_files import pickle_weights, push_global, write_zip
 
-from configs import imagenet, lsun_bedrooms, lsun_churches
-from convert import ldm
 from d2dpm_jax.command import main
 from d2dpm_jax.pipelines import convert, report, setup
 from d2dpm_jax.runtime import files, weights

@@ -3,9 +3,8 @@
 import graph_files as g
 import numpy as np
 import pytest
-
-from convert.graph_def import read_graph
-from convert.torch_reader import CheckpointError
+from d2dpm_jax.convert.graph_def import read_graph
+from d2dpm_jax.convert.torch_reader import CheckpointError
 
 
 def _write(tmp_path, *nodes):

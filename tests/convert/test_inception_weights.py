@@ -13,9 +13,9 @@ import graph_files
 import numpy as np
 import pytest
 import safetensors.numpy
+from d2dpm_jax.convert import inception
 from torch_files import push, push_storage, push_tensor, write_zip
 
-from convert import inception
 from d2dpm_jax.evaluation.inception import parameter_shapes
 
 _GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'

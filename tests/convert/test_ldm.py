@@ -9,11 +9,11 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 import pytest
+from d2dpm_jax.configs import imagenet, lsun_bedrooms, lsun_churches
+from d2dpm_jax.convert import ldm, ldm_yaml, names
+from d2dpm_jax.convert.torch_reader import TensorRef
 from ldm_files import GOLDEN, family, refs
 
-from configs import imagenet, lsun_bedrooms, lsun_churches
-from convert import ldm, ldm_yaml, names
-from convert.torch_reader import TensorRef
 from d2dpm_jax.models import latent_diffusion
 from d2dpm_jax.pipelines import setup
 

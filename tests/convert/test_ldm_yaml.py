@@ -8,9 +8,9 @@ import json
 
 import pytest
 import yaml
+from d2dpm_jax.convert import ldm_yaml
 from ldm_files import family
 
-from convert import ldm_yaml
 from d2dpm_jax.models import latent_diffusion
 
 _FAMILIES = ('imagenet', 'lsun_bedrooms', 'lsun_churches')

@@ -4,8 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from convert import names
+from d2dpm_jax.convert import names
 
 
 @pytest.mark.parametrize(

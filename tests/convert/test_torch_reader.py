@@ -16,8 +16,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-
-from convert.torch_reader import CheckpointError, Opaque, open_checkpoint
+from d2dpm_jax.convert.torch_reader import (
+  CheckpointError,
+  Opaque,
+  open_checkpoint,
+)
 
 _GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 _DTYPES = {

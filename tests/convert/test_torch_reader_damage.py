@@ -12,6 +12,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from d2dpm_jax.convert.torch_reader import CheckpointError, open_checkpoint
 from torch_files import (
   Call,
   pickle_weights,
@@ -21,8 +22,6 @@ from torch_files import (
   push_tensor,
   write_zip,
 )
-
-from convert.torch_reader import CheckpointError, open_checkpoint
 
 _LIES = {
   'storage too small': push_tensor(push_storage(size=7)),

@@ -8,9 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 import safetensors.numpy
+from d2dpm_jax.convert.torch_reader import CheckpointError
 from torch_files import pickle_weights, write_zip
-
-from convert.torch_reader import CheckpointError
 
 _GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 _ROUNDS = 400

@@ -12,6 +12,11 @@ import sys
 
 import numpy as np
 import pytest
+from d2dpm_jax.convert.torch_reader import (
+  CheckpointError,
+  Opaque,
+  open_checkpoint,
+)
 from torch_files import (
   Call,
   pickle_weights,
@@ -20,8 +25,6 @@ from torch_files import (
   push_tensor,
   write_zip,
 )
-
-from convert.torch_reader import CheckpointError, Opaque, open_checkpoint
 
 
 def test_the_builder_of_these_tests_builds_good_files(tmp_path):

@@ -93,7 +93,6 @@ def _held_out(*winners):
     place=rng.normal(size=(steps, *_LATENT)) * 0.1,
     left_variance=np.repeat(variance, kinds, 1),
     r2=r2,
-    r2_about_mean=r2,
     standard_error=np.full((steps, kinds), 0.1),
     allowed=np.ones((steps, kinds), int),
   )

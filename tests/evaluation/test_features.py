@@ -1,3 +1,5 @@
+import zipfile
+
 import jax
 import numpy as np
 import pytest
@@ -125,6 +127,42 @@ def test_reference_of_another_network_is_refused(tmp_path):
   )
   with pytest.raises(ValueError, match="network_digest: saved 'a', now 'b'"):
     references.load(path, _toy_net(digest='b'))
+
+
+_HEADER = "{{'descr': '<f8', 'fortran_order': False, 'shape': ({}), }}"
+
+
+@pytest.mark.parametrize(
+  'header',
+  [
+    '((((',  # tokenize.TokenError.
+    _HEADER.format('1,').replace('<f8', ','),  # SyntaxError.
+    '{[]: 1}',  # TypeError.
+    _HEADER.format(f'{10**23},'),  # OverflowError.
+    _HEADER.format(f'{10**16},'),  # MemoryError.
+    _HEADER.format('-1,'),  # ValueError.
+  ],
+)
+def test_reference_with_a_damaged_header_is_named(tmp_path, header):
+  """Under right checksums, so that NumPy gets to read it."""
+  net, whole = _toy_net(), tmp_path / 'whole.npz'
+  references.save(whole, features.summarize(net, [_images(5)], 5), net)
+  text = header.encode()
+  damaged = b'\x93NUMPY\x01\x00' + len(text).to_bytes(2, 'little') + text
+  path = tmp_path / 'damaged.npz'
+  with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, 'w') as target:
+    for name in source.namelist():
+      data = damaged if name == 'mu.npy' else source.read(name)
+      target.writestr(name, data)
+  with pytest.raises(ValueError, match='damaged.npz is damaged'):
+    references.load(path, net)
+  batch = tmp_path / 'batch.npz'
+  arrays = {'sigma': np.eye(2), 'mu_s': np.ones(3), 'sigma_s': np.eye(3)}
+  np.savez(batch, arr_0=_images(3), **arrays)
+  with zipfile.ZipFile(batch, 'a') as target:
+    target.writestr('mu.npy', damaged)
+  with pytest.raises(ValueError, match='batch.npz is damaged'):
+    references.load_batch_statistics(batch, 2, 3)
 
 
 def test_what_is_no_reference_is_refused(tmp_path):

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from d2dpm_jax.convert import inception as conversion
+from d2dpm_jax.convert import names
+from d2dpm_jax.convert.torch_reader import TensorRef
 from jax.extend import core as jax_core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convert import inception as conversion
-from convert import names
-from convert.torch_reader import TensorRef
 from d2dpm_jax.evaluation import inception, resize
 
 _GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'

@@ -266,7 +266,8 @@ def compare(path: str) -> float:
   import jax
 
   sys.path.insert(0, str(_HERE.parent.parent))
-  from convert import names
+  from d2dpm_jax.convert import names
+
   from d2dpm_jax.models import unet
 
   data = np.load(path)

@@ -11,8 +11,8 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from d2dpm_jax.convert import names
 
-from convert import names
 from d2dpm_jax.models import autoencoder, conditioning, unet
 
 _GOLDEN = pathlib.Path(__file__).parent.parent / 'golden'

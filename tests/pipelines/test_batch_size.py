@@ -5,8 +5,8 @@ import json
 import logging
 
 import pytest
+from d2dpm_jax.configs import imagenet
 
-from configs import imagenet
 from d2dpm_jax.pipelines import batch_size, benchmark, sample, setup, throughput
 from d2dpm_jax.pipelines.artifacts import full_precision
 from d2dpm_jax.runtime import devices, files

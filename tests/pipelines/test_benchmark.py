@@ -4,8 +4,8 @@ import functools
 import math
 
 import pytest
+from d2dpm_jax.configs import imagenet, lsun_bedrooms, lsun_churches
 
-from configs import imagenet, lsun_bedrooms, lsun_churches
 from d2dpm_jax.pipelines import benchmark, cost, layer_bits, setup
 from d2dpm_jax.runtime import files
 

@@ -6,10 +6,11 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from d2dpm_jax.configs import imagenet, lsun_bedrooms, lsun_churches, mnist
 
-from configs import imagenet, lsun_bedrooms, lsun_churches, mnist
 from d2dpm_jax.evaluation import features, references
-from d2dpm_jax.pipelines import evaluate, judges, metrics_table
+from d2dpm_jax.pipelines import evaluate, judges
+from d2dpm_jax.reporting import metrics_table
 from d2dpm_jax.runtime import files
 
 _ROOT = pathlib.Path(__file__).parents[2]

@@ -7,9 +7,9 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from d2dpm_jax.configs import imagenet, mnist
 from PIL import Image
 
-from configs import imagenet, mnist
 from d2dpm_jax.evaluation import (
   bootstrap,
   features,
@@ -19,7 +19,8 @@ from d2dpm_jax.evaluation import (
   selfcheck,
   tfds_sets,
 )
-from d2dpm_jax.pipelines import evaluate, image_names, judges, metrics_table
+from d2dpm_jax.pipelines import evaluate, image_names, judges
+from d2dpm_jax.reporting import metrics_table
 from d2dpm_jax.runtime import files
 
 

@@ -4,8 +4,8 @@ import shutil
 
 import numpy as np
 import pytest
+from d2dpm_jax.configs import mnist
 
-from configs import mnist
 from d2dpm_jax.pipelines import benchmark, evaluation_timing
 from d2dpm_jax.runtime import files
 

@@ -6,11 +6,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from d2dpm_jax.configs import mnist
 from flax import traverse_util
 from helpers import assert_error_models_equal, assert_trees_equal, contents
 
 import d2dpm_jax as d2
-from configs import mnist
 from d2dpm_jax import api
 from d2dpm_jax.pipelines import (
   artifacts,

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_config
+from d2dpm_jax.configs import imagenet, lsun_churches, mnist
 from helpers import assert_trees_equal, contents
 
-from configs import imagenet, lsun_churches, mnist
 from d2dpm_jax.evaluation import features
 from d2dpm_jax.models import latent_diffusion
 from d2dpm_jax.pipelines import (

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from d2dpm_jax.convert import inception as conversion
 
-from convert import inception as conversion
 from d2dpm_jax.evaluation import inception as network
 from d2dpm_jax.pipelines import inception
 from d2dpm_jax.runtime import weights

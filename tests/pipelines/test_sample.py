@@ -16,6 +16,7 @@ from d2dpm_jax.pipelines import (
   generation,
   sample,
 )
+from d2dpm_jax.reporting import comparison
 
 _VARIANTS = {
   **{name: (name, False, False) for name in corrections.CORRECTIONS},
@@ -193,9 +194,9 @@ def test_given_labels_are_cycled_and_others_balanced(tiny):
 def test_distance_in_words():
   a = np.zeros((2, 4, 4, 1), np.uint8)
   b = a + np.uint8(51)  # A fifth of the range.
-  assert '13.98 dB' in sample.distance_text(a, b)
-  assert '13.98 dB' in sample.distance_text(b, a)  # No wrap-around.
-  assert sample.distance_text(a, a.copy()) == 'equal'
+  assert '13.98 dB' in comparison.distance_text(a, b)
+  assert '13.98 dB' in comparison.distance_text(b, a)  # No wrap-around.
+  assert comparison.distance_text(a, a.copy()) == 'equal'
 
 
 # ---- The whole mode, refusing.

@@ -49,7 +49,7 @@ def test_identity_tells_weights_and_architectures_apart(tiny, tmp_path):
 
 
 def test_embedded_model_is_that_of_the_config():
-  from configs import mnist
+  from d2dpm_jax.configs import mnist
 
   model = setup.load(mnist.get_config())
   assert model.num_classes == 10

@@ -216,30 +216,32 @@ def test_measured_times_choose_kernels(tiny, layers_json, tmp_path):
   path = tmp_path / 'layers.json'
   files.write_json(path, data)
   model = tiny.with_config(quant__kernels=str(path))
-  chosen = kernel_choice.in_bfloat16(model)
+  chosen, fused = kernel_choice.choose(model)
+  assert not fused
   keys = {row['key'] for row in data['layers'][1::2]}
   layers = layer_bits.list_layers(model)
   wanted = {x.path for x in layers if kernel_choice.key(x) in keys}
   assert chosen == wanted and chosen
   with pytest.raises(FileNotFoundError, match='expected .auto.'):
-    kernel_choice.in_bfloat16(tiny.with_config(quant__kernels='int4'))
+    kernel_choice.choose(tiny.with_config(quant__kernels='int4'))
   del data['layers'][0]
   files.write_json(path, data)
   with pytest.raises(ValueError, match='has no times of'):
-    kernel_choice.in_bfloat16(model)
+    kernel_choice.choose(model)
   files.write_json(path, {'layers': [{}]})
   with pytest.raises(ValueError, match='is no layers.json'):
-    kernel_choice.in_bfloat16(model)
+    kernel_choice.choose(model)
 
 
 def test_the_table_is_for_gpus(monkeypatch):
-  from configs import imagenet
+  from d2dpm_jax.configs import imagenet
 
   config = imagenet.get_config()
   model = setup.outline(config)
-  assert not kernel_choice.in_bfloat16(model)
+  assert not any(kernel_choice.choose(model))
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  chosen = kernel_choice.in_bfloat16(model)
+  chosen, fused = kernel_choice.choose(model)
+  assert not fused
   assert {'input_blocks_0_0', 'input_blocks_1_0/in_layers_2', 'out_2'} <= chosen
   assert 'input_blocks_4_0/out_layers_3' not in chosen  # 32 x 32.
   assert 'output_blocks_9_0/in_layers_2' not in chosen  # 576 channels.
@@ -247,4 +249,21 @@ def test_the_table_is_for_gpus(monkeypatch):
   assert f'{block}/ff/net_0/proj' in chosen
   assert f'{block}/ff/net_2' not in chosen  # Of 1536.
   config.quant.kernels = 'int8'
-  assert not kernel_choice.in_bfloat16(setup.outline(config))
+  assert not any(kernel_choice.choose(setup.outline(config)))
+
+
+def test_fused_kernels_are_for_hopper(tiny, monkeypatch):
+  from d2dpm_jax.configs import imagenet
+
+  with pytest.raises(ValueError, match="compute capability 9.0.*take 'auto'"):
+    kernel_choice.choose(tiny.with_config(quant__kernels='fused'))
+  config = imagenet.get_config()
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(kernel_choice, 'has_fused', lambda: True)
+  for kernels in ('auto', 'fused'):
+    config.quant.kernels = kernels
+    # x_t has three channels; all other layers of the U-Net are taken.
+    chosen = kernel_choice.choose(setup.outline(config))
+    assert chosen == ({'input_blocks_0_0'}, True)
+  config.quant.kernels = 'int8'
+  assert not any(kernel_choice.choose(setup.outline(config)))

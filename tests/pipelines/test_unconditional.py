@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
+from d2dpm_jax.configs import lsun_churches
 
-from configs import lsun_churches
 from d2dpm_jax.pipelines import calibrate, sample, setup
 from d2dpm_jax.runtime import files, weights
 

@@ -153,7 +153,8 @@ def test_the_tiles_that_are_chosen_fit_shared_memory():
       for rows in (128, 2048):
         assert products.fit(rows, depth, n)
         found = [products._linear_tiles(jnp.zeros((n, depth), jnp.int8))]
-        found.append(products._conv_tiles(rows, depth, n))
+        for summed in (False, True):
+          found.append(products._conv_tiles(rows, depth, n, summed))
         if n % 128 == 0:
           found.append(products._gated_tiles(jnp.zeros((n, depth), jnp.int8)))
         for tiles in found:
