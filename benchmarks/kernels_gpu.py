@@ -279,12 +279,11 @@ def main():
   print(f'{jax.devices()[0].device_kind}, JAX {jax.__version__}', flush=True)
   chosen = [x for x in cases(arguments.batch) if arguments.only in x.name]
   with concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool:
-    waiting = [(x, pool.submit(_compiled, x)) for x in chosen]
-    for case, compiled in waiting:
-      if time.time() > until:
-        compiled.cancel()
-        continue
-      print(_line(case, *compiled.result()), flush=True)
+    # Before any is timed: XLA tries algorithms on the device meanwhile.
+    ready = list(pool.map(_compiled, chosen))
+  for case, compiled in zip(chosen, ready, strict=True):
+    if time.time() < until:
+      print(_line(case, *compiled), flush=True)
 
 
 if __name__ == '__main__':

@@ -213,8 +213,7 @@ def conv(
   b, height, width, depth = a.shape
   height, width = height - 2, width - 2
   n = k.shape[0]
-  summed = epilogue.shift is not None
-  tiles = tiles or _conv_tiles(b * height * width, depth, n, summed)
+  tiles = tiles or _conv_tiles(b * height * width, depth, n)
   if dtype == jnp.float32:  # A line of shared memory has 128 bytes.
     tiles = dataclasses.replace(tiles, columns=32)
   images = math.gcd(b, tiles.rows)
@@ -265,15 +264,10 @@ def conv(
   return y.reshape(b, height, width, n)
 
 
-def _conv_tiles(rows: int, depth: int, n: int, summed: bool) -> Tiles:
+def _conv_tiles(rows: int, depth: int, n: int) -> Tiles:
   columns = _width(n)
   assert columns is not None
   k, tall = _deepest(depth), 128
-  # Deep tiles are the fastest, unless rows are summed up besides.
-  if (
-    (k == 64 or summed)
-    and columns <= 192
-    and rows % (hopper.WARPGROUPS * tall) == 0
-  ):
-    return _tiles(tall, columns, 64, 32)
+  if k == 64 and columns <= 192 and rows % (hopper.WARPGROUPS * tall) == 0:
+    return _tiles(tall, columns, k, 32)
   return _tiles(64, columns, k, _columns(columns))

@@ -153,8 +153,7 @@ def test_the_tiles_that_are_chosen_fit_shared_memory():
       for rows in (128, 2048):
         assert products.fit(rows, depth, n)
         found = [products._linear_tiles(jnp.zeros((n, depth), jnp.int8))]
-        for summed in (False, True):
-          found.append(products._conv_tiles(rows, depth, n, summed))
+        found.append(products._conv_tiles(rows, depth, n))
         if n % 128 == 0:
           found.append(products._gated_tiles(jnp.zeros((n, depth), jnp.int8)))
         for tiles in found:
