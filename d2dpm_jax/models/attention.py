@@ -43,7 +43,7 @@ class CrossAttention(nn.Module):
     )
     if norm is None:
       context = x if context is None else context
-      found = to_q(x), to_k(context), to_v(context)
+      found = [to_q(x), to_k(context), to_v(context)]
     else:
       found = to_q.all_after_norm((to_k, to_v), norm, x)
     shape = (self.num_heads, width // self.num_heads)

@@ -127,7 +127,7 @@ class _Steps(nn.Module):
 
   def plus(self, x: jax.Array, residual: jax.Array) -> jax.Array:
     """The layer's output and a residual."""
-    return residual + self(x)  # type: ignore[operator]
+    return residual + self(x)
 
   def after_norm(
     self,
@@ -152,24 +152,24 @@ class _Steps(nn.Module):
     """
     h = norm(x, offset)
     h = nn.silu(h) if silu else h
-    return self(h) if residual is None else self.plus(h, residual)  # type: ignore[operator]
+    return self(h) if residual is None else self.plus(h, residual)
 
   def after_upsample(self, x: jax.Array) -> jax.Array:
     """The layer of `upsample_nearest`."""
-    return self(upsample_nearest(x))  # type: ignore[operator]
+    return self(upsample_nearest(x))
 
   def all_after_norm(
     self, others: tuple[nn.Module, ...], norm: nn.Module, x: jax.Array
-  ) -> tuple[jax.Array, ...]:
+  ) -> list[jax.Array]:
     """What this layer and others return for the same normalized `x`."""
     h = norm(x)
-    return tuple(layer(h) for layer in (self, *others))  # type: ignore[operator]
+    return [layer(h) for layer in (self, *others)]
 
   def after_gate(
     self, gate: nn.Module, norm: nn.Module, x: jax.Array
   ) -> jax.Array:
     """The layer of what a gated layer returns for a normalized `x`, and `x`."""
-    return self.plus(gate(norm(x)), x)  # type: ignore[operator]
+    return self.plus(gate(norm(x)), x)
 
 
 class Conv(_Steps, nn.Conv):

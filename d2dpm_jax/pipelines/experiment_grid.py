@@ -111,7 +111,7 @@ def read(config: ml_collections.ConfigDict, conditional: bool) -> Grid:
   """
   settings = config.experiment
   words = {
-    name: _split(settings[name])
+    name: split(settings[name])
     for name in ('quantizers', 'bits', 'corrections', 'samplers')
   }
   grid = Grid(
@@ -172,7 +172,8 @@ def configured(
   return config
 
 
-def _split(words: Sequence[str]) -> tuple[str, ...]:
+def split(words: Sequence[str]) -> tuple[str, ...]:
+  """Words of a list that is written as one of them: `--config.x=a,b`."""
   return tuple(part.strip() for word in words for part in word.split(','))
 
 

@@ -13,7 +13,13 @@ import ml_collections
 import numpy as np
 
 from d2dpm_jax.diffusion import noise
-from d2dpm_jax.pipelines import artifacts, generation, layer_bits, setup
+from d2dpm_jax.pipelines import (
+  artifacts,
+  experiment_grid,
+  generation,
+  layer_bits,
+  setup,
+)
 from d2dpm_jax.quantization import affine, cost, packing, transform
 from d2dpm_jax.runtime import devices, files, microbatches, timing
 
@@ -86,7 +92,7 @@ def check(settings: ml_collections.ConfigDict) -> None:
     )
   if min(settings.batch_sizes) < 1:
     raise ValueError(f'benchmark.batch_sizes {settings.batch_sizes}: below 1.')
-  for name in settings.runs:
+  for name in experiment_grid.split(settings.runs):
     parse(name)
 
 
@@ -125,7 +131,7 @@ def measure(config: ml_collections.ConfigDict) -> Iterator[dict[str, Any]]:
   decoding: dict[tuple[str, int], dict[str, float]] = {}
   quantizers: dict[tuple[int, int], transform.QuantState] = {}
   for batch in settings.batch_sizes:
-    for name in settings.runs:
+    for name in experiment_grid.split(settings.runs):
       gone = time.perf_counter() - begin
       if gone > settings.max_seconds:
         _log.warning(

@@ -106,7 +106,9 @@ def _interpreted() -> bool:
 
 
 def _interpret() -> Any:
-  return plgpu.InterpretGPUParams() if _interpreted() else None
+  # JAX 0.10 has none; `Any`, because type checkers know one version.
+  found: Any = plgpu
+  return found.InterpretGPUParams() if _interpreted() else None
 
 
 def run(
@@ -217,7 +219,7 @@ def _all_after_norm(
   others: tuple[nn.Module, ...],
   layer_norm: nn.Module,
   x: Array,
-) -> tuple[Array, ...] | None:
+) -> list[Array] | None:
   modules = (module, *others)
   found = [_of(m, layers) for m in modules]
   wanted = [layer for layer in found if layer is not None]
@@ -231,10 +233,10 @@ def _all_after_norm(
   ):
     return None
   operands = _layer_norm(layer_norm, wanted, x)
-  return tuple(
+  return [
     _product(m, layer, *operand, None)
     for m, layer, operand in zip(modules, wanted, operands, strict=True)
-  )
+  ]
 
 
 def _after_gate(

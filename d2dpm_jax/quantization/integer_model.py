@@ -89,7 +89,7 @@ def _run(
     if found is not None:
       return found
     layer = layer.plain
-  if method != '__call__':
+  if method != '__call__' or not isinstance(module, nn.Conv | nn.Dense):
     return call(*args, **kwargs)
   return run_layer(module, layer, args[0] if args else kwargs['inputs'])
 
