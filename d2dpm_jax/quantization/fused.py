@@ -78,7 +78,7 @@ def _pad_outputs(x: Array) -> Array:
 def ready(layer: IntegerLayer) -> FusedLayer | IntegerLayer:
   """From what `integer.ready` returns; that itself, if no kernel takes it."""
   kernel = layer.kernel
-  if layer.floats or (layer.correction is not None and not layer.zero_code):
+  if layer.floats or (layer.corrected and not layer.zero_code):
     return layer
   if not takes(kernel.shape):
     return layer

@@ -66,7 +66,9 @@ class IntegerLayer:
     act: grid of the input, per tensor.
     scale: float32[O], sx sw.
     correction: int32[KH, KW, O] or int32[O], A sum (c - zw) over the input
-      channels and, if `zero_code`, the positions; None if A is 0.
+      channels and, if `zero_code`, the positions; None if A is 0, or if it is
+      to be computed where it is needed, see `ready`.
+    corrected: whether A is not 0.
     zero_code: whether the zero of the input is one of its codes.
     bits: of the weights.
     inputs: I.
@@ -81,6 +83,7 @@ class IntegerLayer:
   act: affine.QParams
   scale: Array
   correction: Array | None
+  corrected: bool = flax.struct.field(pytree_node=False)
   zero_code: bool = flax.struct.field(pytree_node=False)
   bits: int = flax.struct.field(pytree_node=False)
   inputs: int = flax.struct.field(pytree_node=False)
@@ -176,6 +179,7 @@ def _in_floats(layer: IntegerLayer, dtype: Any) -> IntegerLayer:
     act=layer.act,
     scale=layer.scale,
     correction=None,
+    corrected=False,
     zero_code=True,
     bits=affine.MAX_BITS,
     inputs=layer.inputs,
@@ -207,15 +211,6 @@ def _integer_layer(
   def whole(value):
     return value.astype(np.int16).reshape(-1 if value.ndim else ())
 
-  zero_code = bool(0 <= zx < 2**act.bits)
-  correction = None
-  if shift_x.any():
-    sums = k.sum(-2, dtype=np.int32) + np.int32(weight.inputs) * shift_w.astype(
-      np.int32
-    ).reshape(-1)
-    if zero_code:
-      sums = sums.reshape(-1, sums.shape[-1]).sum(0, dtype=np.int32)
-    correction = np.int32(shift_x) * sums
   packed = weight.bits <= packing.HALF
   return IntegerLayer(
     kernel=weight.data if packed else k,
@@ -223,8 +218,9 @@ def _integer_layer(
     shift=whole(shift_w) if shift_w.any() else None,
     act=act,
     scale=scale,
-    correction=correction,
-    zero_code=zero_code,
+    correction=None,
+    corrected=bool(shift_x.any()),
+    zero_code=bool(0 <= zx < 2**act.bits),
     bits=weight.bits,
     inputs=weight.inputs,
   )
@@ -305,16 +301,32 @@ def _float_operand(layer: IntegerLayer, x: Array) -> Array:
   return jnp.round(_clipped(layer, x)).astype(layer.kernel.dtype)
 
 
+def correction(layer: IntegerLayer) -> Array:
+  """What `IntegerLayer.correction` is said to be; A must not be 0."""
+  if layer.correction is not None:
+    return layer.correction
+  k = kernel_operand(layer)
+  sums = jnp.sum(k, axis=-2, dtype=jnp.int32)
+  if layer.shift is not None:
+    sums += layer.inputs * layer.shift.astype(jnp.int32)
+  if layer.zero_code:
+    sums = jnp.sum(sums, axis=tuple(range(sums.ndim - 1)))
+  return act_shift(layer) * sums
+
+
 def ready(layer: IntegerLayer) -> IntegerLayer:
   """Computes what follows from codes, once for many calls of a network.
 
-  These are kernels in bfloat16 and, where that is wanted, unpacked ones. Inside
-  a program, so that they take no memory between its calls.
+  These are `IntegerLayer.correction`, kernels in bfloat16 and, where that is
+  wanted, unpacked ones. Inside a program, so that they take no memory between
+  its calls.
   """
   if layer.floats:
     return layer
   if layer.in_bfloat16:
     return _in_floats(layer, jnp.bfloat16)
+  if layer.corrected:
+    layer = dataclasses.replace(layer, correction=correction(layer))
   if layer.unpack_first or layer.fused:
     kernel = kernel_operand(layer)
     layer = dataclasses.replace(layer, kernel=kernel, offset=None)
@@ -387,8 +399,8 @@ def _matmul(layer: IntegerLayer, a: Array, k: Array) -> Array:
   if layer.shift is not None:
     sums = jnp.sum(a, axis=-1, keepdims=True, dtype=jnp.int32)
     corrections.append(sums * layer.shift.astype(jnp.int32))
-  if layer.correction is not None:
-    corrections.append(layer.correction.reshape(-1))
+  if layer.corrected:
+    corrections.append(correction(layer).reshape(-1))
   return _corrected(products, corrections)
 
 
@@ -432,7 +444,7 @@ def conv(
     return _matmul(layer, a, k[0, 0])
   size = (x.shape[1], x.shape[2])
   pads = padding
-  if layer.zero_code and layer.correction is not None and not no_padding:
+  if layer.zero_code and layer.corrected and not no_padding:
     width_of = ((0, 0), *padding, (0, 0))
     zero = (-act_shift(layer)).astype(jnp.int8)
     a = jax.lax.pad(a, zero, [(*ends, 0) for ends in width_of])
@@ -449,11 +461,11 @@ def conv(
       ((0, 0), *pads, (0, 0)),
     )
     corrections.append(sums * layer.shift.astype(jnp.int32))
-  if layer.correction is not None:
-    correction = layer.correction
+  if layer.corrected:
+    per_channel = correction(layer)
     if not layer.zero_code:
-      correction = border_map(correction, size, strides, padding)
-    corrections.append(correction)
+      per_channel = border_map(per_channel, size, strides, padding)
+    corrections.append(per_channel)
   return _corrected(products, corrections)
 
 

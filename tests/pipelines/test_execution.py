@@ -213,12 +213,8 @@ def test_sizes(tiny, calibrated, caplog):
   for size in sizes.values():
     assert size['stored'] == sum(x.nbytes for x in stored)
     assert size['stored'] < 0.25 * size['float32']
-  # There are corrections beside what is stored.
-  layers = _with(tiny, calibrated, 'integer').executable().values()
-  corrections = [x.correction for x in layers if x.correction is not None]
-  more = sum(x.nbytes for x in corrections)
   device = sizes['integer']['device']
-  assert codes < device <= sizes['integer']['stored'] + more
+  assert codes < device <= sizes['integer']['stored']
   parts = artifacts.stored_parts(calibrated.quantized)
   assert parts['codes'] == codes
   params = traverse_util.flatten_dict(tree['params']['unet'])

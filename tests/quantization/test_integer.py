@@ -233,21 +233,20 @@ def test_corrections_that_are_zero_are_left_out():
     layer, _ = _layer(rng, (3, 3, 4, 3), *bits, zeros)
     found = integer.prepare({'': layer})['']
     assert (found.shift is not None) == shift, bits
-    assert (found.correction is not None) == correction, bits
+    assert found.corrected == correction, bits
 
 
 @pytest.mark.parametrize('zeros', _ZEROS)
-def test_corrections_are_computed_beforehand(zeros):
+def test_corrections_once_for_many_calls(zeros):
   rng = np.random.default_rng(0)
   layer, inputs = _layer(rng, (3, 3, 5, 4), 8, 8, zeros)
   x = inputs(2, 5, 6, 5)
-  prepared = integer.prepare({'': layer})['']
+  prepared = integer.prepare({'': layer})
+  ready = jax.jit(integer_model.ready)(prepared)['']
   # One number per channel where images can be padded with the code of zero.
-  shape = (4,) if zeros == 'inside' else (3, 3, 4)
-  assert isinstance(prepared.correction, np.ndarray)
-  assert prepared.correction.shape == shape
-  found = integer.conv(prepared, x, padding=_PADDINGS['same'])
-  want = _reference(layer, x, (1, 1), _PADDINGS['same'])
+  assert ready.correction.shape == ((4,) if zeros == 'inside' else (3, 3, 4))
+  want = integer.conv(prepared[''], x, padding=_PADDINGS['same'])
+  found = integer.conv(ready, x, padding=_PADDINGS['same'])
   np.testing.assert_array_equal(found, want)
 
 
