@@ -67,7 +67,7 @@ def test_sampling_is_timed_as_it_is_run(tiny, tmp_path, capsys, caplog):
   config = tiny.config(
     checkpoint__path='random:0',
     benchmark__what='sampling',
-    benchmark__runs=('bfloat16', 'w4a8'),
+    benchmark__runs=('bfloat16,w4a8',),  # As of --config.benchmark.runs=a,b.
     benchmark__batch_sizes=(1,),
     benchmark__repeats=2,
   )
