@@ -7,10 +7,14 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from d2dpm_jax.denoising import correction, gaussian, selection
 from d2dpm_jax.diffusion import ddim, sampler
+
+# Last bits of 13 steps count, at which x reaches 20.
+pytestmark = pytest.mark.usefixtures('full_compile')
 
 _GOLDEN = pathlib.Path(__file__).parents[1] / (
   'golden/correction_trajectories.npz'

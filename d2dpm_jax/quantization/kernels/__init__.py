@@ -1,5 +1,6 @@
-"""Kernels for NVIDIA GPUs: products of int8 that rescale before they write.
+"""Kernels for NVIDIA Hopper, for layers on integers and what is between them.
 
-matmul, conv, norm: written in Pallas for its Triton backend.
-hopper: products written in Pallas for Mosaic GPU, with TMA and WGMMA.
+products: linear layers and convolutions of int8, with what follows them; made
+  of `hopper`, in Pallas for Mosaic GPU, with TMA and WGMMA.
+norm: norms that quantize, in Pallas for its Triton backend.
 """
