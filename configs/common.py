@@ -218,7 +218,7 @@ def _quant(weight_bits: int) -> ml_collections.ConfigDict:
   # What runs integer layers: XLA's kernels for int8 ('int8'), kernels that also
   # do what lies between layers ('fused', for NVIDIA Hopper), XLA's for int8 or
   # bfloat16 as measured (a layers.json of --mode benchmark), or what is fastest
-  # on such devices ('auto'). The sums are the same.
+  # on such devices ('auto'). Sums of the same codes are the same.
   quant.kernels = 'auto'
   # Unpacks weights of 4 bits once per batch of images and not in every step:
   # a little faster, for twice the memory. None does so on CPUs.

@@ -141,7 +141,7 @@ class _Steps(nn.Module):
     """The layer of a normalized `x + offset`, with SiLU between or without.
 
     Args:
-      norm: what `x` goes through first.
+      norm: a `GroupNorm32`, which `x` goes through first.
       x: float[B, ..., C].
       offset: see `GroupNorm32`.
       silu: whether SiLU comes after the norm.
@@ -168,7 +168,7 @@ class _Steps(nn.Module):
   def after_gate(
     self, gate: nn.Module, norm: nn.Module, x: jax.Array
   ) -> jax.Array:
-    """The layer of what a gated layer returns for a normalized `x`, and `x`."""
+    """The layer of what a `GEGLU` returns for a normalized `x`, and `x`."""
     return self.plus(gate(norm(x)), x)
 
 

@@ -63,7 +63,13 @@ def choose(model: setup.Model) -> Kernels:
       of this model, or the devices have no fused kernels.
   """
   kernels = model.config.quant.kernels
-  can = kernels in ('auto', 'fused') and has_fused()
+  narrow = model.config.model.dtype == 'bfloat16'
+  can = kernels in ('auto', 'fused') and narrow and has_fused()
+  if kernels == 'fused' and not narrow:
+    raise ValueError(
+      '--config.quant.kernels=fused is for --config.model.dtype=bfloat16, not '
+      f"{model.config.model.dtype}: set that, or take 'auto'."
+    )
   if kernels == 'fused' and not can:
     raise ValueError(
       '--config.quant.kernels=fused needs an NVIDIA GPU of compute capability '

@@ -25,7 +25,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from d2dpm_jax.quantization import integer, transform
 from d2dpm_jax.quantization.integer import IntegerLayer
-from d2dpm_jax.quantization.kernels import norm, products
+from d2dpm_jax.quantization.kernels import norm as norms
+from d2dpm_jax.quantization.kernels import products
 
 Array = jax.Array
 Layers = Mapping[str, 'IntegerLayer | FusedLayer']
@@ -44,7 +45,7 @@ class FusedLayer:
     scale: float32[O].
     shift: int32[O], B, or None.
     correction: int32[O], or None.
-    grid: float32[4] of the input, see `norm.grid_numbers`.
+    grid: float32[4] of the input, see `norms.grid_numbers`.
   """
 
   plain: IntegerLayer
@@ -96,13 +97,25 @@ def ready(layer: IntegerLayer) -> FusedLayer | IntegerLayer:
     scale=_pad_outputs(layer.scale),
     shift=shift,
     correction=correction,
-    grid=norm.grid_numbers(1 / act.scale, act.zero_point, offset, act.bits),
+    grid=norms.grid_numbers(1 / act.scale, act.zero_point, offset, act.bits),
   )
 
 
 def _interpreted() -> bool:
-  """Kernels run on CPUs in tests only, and there they are interpreted."""
-  return jax.default_backend() == 'cpu'
+  """Kernels run on CPUs in tests only, and there they are interpreted.
+
+  Raises:
+    ValueError: the devices have no such kernels, and this JAX no interpreter.
+  """
+  backend = jax.default_backend()
+  if backend not in ('cpu', 'gpu') or (
+    backend == 'cpu' and not hasattr(plgpu, 'InterpretGPUParams')
+  ):
+    raise ValueError(
+      'Fused kernels are for NVIDIA Hopper; JAX 0.11 interprets them on CPUs. '
+      'Call integer.prepare without fused=True.'
+    )
+  return backend == 'cpu'
 
 
 def _interpret() -> Any:
@@ -125,6 +138,8 @@ def run(
   """
   if method not in _METHODS:
     return None
+  if method == '__call__' and 'inputs' in kwargs:  # As Flax names it.
+    args, kwargs = (kwargs['inputs'],), {}
   return _METHODS[method](module, layers, *args, **kwargs)
 
 
@@ -184,7 +199,7 @@ def _after_upsample(
 def _after_norm(
   module: nn.Module,
   layers: Layers,
-  group_norm: Any,
+  norm: Any,
   x: Array,
   offset: Array | float = 0.0,
   *,
@@ -196,12 +211,11 @@ def _after_norm(
     layer is None
     or x.ndim != 4
     or x.dtype != jnp.bfloat16
-    or not layer.plain.zero_code
     or not _fits(module, layer, x.shape, residual)
   ):
     return None
-  gain, shift = group_norm.affine(x, offset)
-  a = norm.norm_silu_quantize(
+  gain, shift = norm.affine(x, offset)
+  a = norms.norm_silu_quantize(
     x,
     gain.reshape(-1, x.shape[-1]),
     shift.reshape(-1, x.shape[-1]),
@@ -217,7 +231,7 @@ def _all_after_norm(
   module: nn.Module,
   layers: Layers,
   others: tuple[nn.Module, ...],
-  layer_norm: nn.Module,
+  norm: nn.Module,
   x: Array,
 ) -> list[Array] | None:
   modules = (module, *others)
@@ -232,7 +246,7 @@ def _all_after_norm(
     )
   ):
     return None
-  operands = _layer_norm(layer_norm, wanted, x)
+  operands = _layer_norm(norm, wanted, x)
   return [
     _product(m, layer, *operand, None)
     for m, layer, operand in zip(modules, wanted, operands, strict=True)
@@ -243,7 +257,7 @@ def _after_gate(
   module: nn.Module,
   layers: Layers,
   gate: nn.Module,
-  layer_norm: nn.Module,
+  norm: nn.Module,
   x: Array,
 ) -> Array | None:
   layer = _of(module, layers)
@@ -259,7 +273,7 @@ def _after_gate(
     module, layer, inner, x
   ):
     return None
-  [(a, sums)] = _layer_norm(layer_norm, [first], x)
+  [(a, sums)] = _layer_norm(norm, [first], x)
   bias = gate.variables['params']['proj'].get('bias')
   epilogue = _epilogue(first, bias, sums)._replace(grid=layer.grid)
   codes = products.gated(
@@ -273,7 +287,7 @@ def _layer_norm(
 ) -> list[tuple[Array, Array | None]]:
   """The input of every layer, int8[.., C], and its sums int32[rows]."""
   params = module.variables['params']
-  found = norm.layer_norm_quantize(
+  found = norms.layer_norm_quantize(
     x.reshape(-1, x.shape[-1]),
     params['scale'],
     params['bias'],
@@ -296,12 +310,22 @@ def _fits(
   inputs, outputs = shape[-1], len(layer.kernel)
   if inputs != layer.plain.inputs:
     return False
-  if residual is not None and residual.dtype != jnp.bfloat16:
+  narrow = module.dtype == jnp.bfloat16
+  if residual is not None and (
+    residual.dtype != jnp.bfloat16
+    or not narrow
+    or layer.plain.kernel.shape[-1] != outputs
+  ):
+    return False
+  if not narrow and not layer.is_3x3:
     return False
   if isinstance(module, nn.Conv):
     padding = ((1, 1), (1, 1)) if layer.is_3x3 else ((0, 0), (0, 0))
-    if integer.geometry(module, shape) != ((1, 1), padding):
-      return False
+    try:
+      if integer.geometry(module, shape) != ((1, 1), padding):
+        return False
+    except ValueError:
+      return False  # `integer` says what it is.
   if layer.is_3x3:
     return products.fit_conv(shape[:-1], inputs, outputs)
   return products.fit(math.prod(shape[:-1]), inputs, outputs)

@@ -4,8 +4,10 @@
   apply_i = jax.jit(integer_model.apply(model.apply))  # Wrap first, then jit.
   y = apply_i(integer_model.without_kernels(variables, layers), layers, x)
 
+Called many times in one program, `ready(layers)` is what `apply_i` is given.
 Layers are run by XLA (`integer`), or where `integer.prepare` was told so and
-they fit, by kernels that do more than one layer at once (`fused`).
+they fit and are `ready`, by kernels that do more than one layer at once
+(`fused`).
 """
 
 from __future__ import annotations
@@ -102,7 +104,8 @@ def apply(model_apply: Callable[..., Any]) -> Callable[..., Any]:
 
   Returns:
     `integer_apply(variables, layers, *args, **kwargs)`: like `model_apply`.
-    `layers` are those of `integer.prepare`, or of `ready`. Layers that run on
+    `layers` are those of `integer.prepare`, or of `ready`, which fused kernels
+    ask for. Layers that run on
     integers do not look at their kernels, see `without_kernels`. Others in
     `layers` run as in `transform.quantize`.
   """

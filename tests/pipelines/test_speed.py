@@ -255,9 +255,11 @@ def test_the_table_is_for_gpus(monkeypatch):
 def test_fused_kernels_are_for_hopper(tiny, monkeypatch):
   from d2dpm_jax.configs import imagenet
 
+  narrow = tiny.with_config(quant__kernels='fused', model__dtype='bfloat16')
   with pytest.raises(ValueError, match="compute capability 9.0.*take 'auto'"):
-    kernel_choice.choose(tiny.with_config(quant__kernels='fused'))
+    kernel_choice.choose(narrow)
   config = imagenet.get_config()
+  config.model.dtype = 'bfloat16'
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
   monkeypatch.setattr(kernel_choice, 'has_fused', lambda: True)
   for kernels in ('auto', 'fused'):
@@ -267,3 +269,11 @@ def test_fused_kernels_are_for_hopper(tiny, monkeypatch):
     assert chosen == ({'input_blocks_0_0'}, True)
   config.quant.kernels = 'int8'
   assert not any(kernel_choice.choose(setup.outline(config)))
+  # They compute in bfloat16.
+  config.model.dtype = 'float32'
+  config.quant.kernels = 'auto'
+  chosen, fused = kernel_choice.choose(setup.outline(config))
+  assert len(chosen) > 1 and not fused
+  config.quant.kernels = 'fused'
+  with pytest.raises(ValueError, match='for --config.model.dtype=bfloat16'):
+    kernel_choice.choose(setup.outline(config))

@@ -52,7 +52,7 @@ WARPGROUPS = 2  # That multiply.
 _ONES = 8  # Columns of ones that sum up rows; the least that WGMMA takes.
 _REGISTERS = (40, 232)  # Of a thread that copies, and one that multiplies.
 _MULTIPROCESSORS = 132
-_ROUND = np.float32(1.5 * 2**23)  # See `norm`.
+_ROUND = np.float32(1.5 * 2**23)
 _ROUND_BITS = int(_ROUND.view(np.int32))
 _ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 
@@ -144,6 +144,7 @@ def product(
     raise ValueError(
       f'{rows.total} rows, a kernel {k.shape} and {tiles} do not fit.'
     )
+  _check(epilogue, n, dtype)
   given = {key: x for key, x in epilogue._asdict().items() if x is not None}
   if 'shift' not in given:
     given.pop('row_sums', None)
@@ -183,6 +184,19 @@ def product(
     interpret=interpret,
     kernel_name=name,
   )(a, k, *given.values())
+
+
+def _check(epilogue: Epilogue, n: int, dtype: Any) -> None:
+  """Raises ValueError for what would be read out of bounds, or wrongly."""
+  for name in ('scale', 'bias', 'shift', 'correction'):
+    x = getattr(epilogue, name)
+    if x is not None and x.shape != (n,):
+      raise ValueError(f'{name} {x.shape} of {n} outputs.')
+  if epilogue.residual is not None:
+    if epilogue.grid is not None:
+      raise ValueError('A gated layer has no residual.')
+    if epilogue.residual.dtype != dtype:
+      raise ValueError(f'A residual {epilogue.residual.dtype} and {dtype}.')
 
 
 class _Plan(NamedTuple):
@@ -419,7 +433,7 @@ class _Block:
         y *= _gelu(rescaled(1, first))
         numbers = refs['grid']
         y = jnp.minimum(jnp.maximum(y * numbers[0], numbers[1]), numbers[2])
-        # Rounds half to even, and leaves whole numbers in the low bits.
+        # Rounds, and leaves whole numbers in the low bits; see `norm`.
         y = lax.bitcast_convert_type(y + (_ROUND + numbers[3]), jnp.int32)
         y -= _ROUND_BITS
       staged[:, part] = y.astype(plan.dtype)

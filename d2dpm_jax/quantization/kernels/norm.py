@@ -78,7 +78,7 @@ def norm_silu_quantize(
   """Quantizes `silu(x gain + shift)`, padded with the code of zero.
 
   Codes are those of `affine.quantize`, but where its quotient and this product
-  are rounded up and down. The zero point has to be one of the codes.
+  are rounded up and down. Zero minus the offset has to be an int8.
 
   Args:
     x: bfloat16 or float32[B, H, W, C].

@@ -3,7 +3,7 @@
 Each takes codes minus their offset and returns bfloat16, or codes for the next
 layer. `fit` and `fit_conv` say whether shapes are among those that the kernel
 takes; the tiles are those that were fastest on an H100
-(benchmarks/kernels_gpu.py). Each is jitted, so that a program of many layers
+(docs/performance.md). Each is jitted, so that a program of many layers
 has one of every shape.
 """
 
@@ -33,9 +33,20 @@ _WIDTHS = (192, 256, 224, 128, 96, 64)  # Columns of a tile, the best first.
 _EVEN_WIDTHS = (256, 128)  # Of two halves.
 
 
-def _width(n: int, widths: tuple[int, ...] = _WIDTHS) -> int | None:
-  """Columns of a tile."""
-  return next((w for w in widths if n % w == 0), None)
+def _width(n: int, widths: tuple[int, ...] = _WIDTHS) -> int:
+  """Columns of a tile.
+
+  Raises:
+    ValueError: no tile divides n columns.
+  """
+  found = next((w for w in widths if n % w == 0), None)
+  if found is None:
+    raise ValueError(f'{n} outputs do not divide into tiles of {widths}.')
+  return found
+
+
+def _has_width(n: int, widths: tuple[int, ...] = _WIDTHS) -> bool:
+  return any(n % w == 0 for w in widths)
 
 
 def _columns(n: int) -> int:
@@ -61,14 +72,13 @@ def fit(rows: int, inputs: int, outputs: int) -> bool:
   return (
     rows % LEAST_ROWS == 0
     and inputs % LEAST_CHANNELS == 0
-    and _width(outputs) is not None
+    and _has_width(outputs)
   )
 
 
 def fit_gated(rows: int, inputs: int, outputs: int) -> bool:
   """Whether `gated` takes int8[rows, inputs] to both halves of outputs."""
-  whole = _width(outputs, _EVEN_WIDTHS) is not None
-  return whole and fit(rows, inputs, outputs)
+  return _has_width(outputs, _EVEN_WIDTHS) and fit(rows, inputs, outputs)
 
 
 def fit_conv(shape: tuple[int, ...], inputs: int, outputs: int) -> bool:
@@ -105,6 +115,8 @@ def linear(
   Raises:
     ValueError: shapes do not fit each other or the tiles.
   """
+  if epilogue.grid is not None:
+    raise ValueError('With a grid it is `gated`.')
   return _matrix(a, k, epilogue, tiles or _linear_tiles(k), interpret, 'linear')
 
 
@@ -132,19 +144,18 @@ def gated(
   Raises:
     ValueError: shapes do not fit each other or the tiles.
   """
+  if epilogue.grid is None:
+    raise ValueError('A gated layer needs the grid of the next one.')
   return _matrix(a, k, epilogue, tiles or _gated_tiles(k), interpret, 'gated')
 
 
 def _linear_tiles(k: Array) -> Tiles:
   n = _width(k.shape[0], (256, *_WIDTHS) if k.shape[0] >= 2048 else _WIDTHS)
-  assert n is not None
   return _tiles(64, n, 64, _columns(n), band=4)
 
 
 def _gated_tiles(k: Array) -> Tiles:
   n = _width(k.shape[0], _EVEN_WIDTHS)
-  if n is None:
-    raise ValueError(f'A kernel {k.shape} has no halves that fit tiles.')
   return _tiles(64, n, _deepest(k.shape[1]), _columns(n // 2))
 
 
@@ -210,6 +221,8 @@ def conv(
   Raises:
     ValueError: shapes do not fit each other or the tiles.
   """
+  if epilogue.grid is not None or epilogue.row_sums is not None:
+    raise ValueError('A convolution has neither a grid nor sums of rows.')
   b, height, width, depth = a.shape
   height, width = height - 2, width - 2
   n = k.shape[0]
@@ -266,7 +279,6 @@ def conv(
 
 def _conv_tiles(rows: int, depth: int, n: int) -> Tiles:
   columns = _width(n)
-  assert columns is not None
   k, tall = _deepest(depth), 128
   if k == 64 and columns <= 192 and rows % (hopper.WARPGROUPS * tall) == 0:
     return _tiles(tall, columns, k, 32)

@@ -5,7 +5,5 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 collect_ignore = (
   []
   if hasattr(plgpu, 'InterpretGPUParams')
-  else [
-    'test_products.py',
-  ]
+  else ['test_blocks.py', 'test_products.py']
 )

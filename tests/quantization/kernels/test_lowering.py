@@ -20,18 +20,6 @@ def _lower(f, *args):
   assert 'custom_call' in lowered.as_text()
 
 
-def _columns(n):
-  return {
-    'scale': _S((n,), jnp.float32),
-    'bias': _S((n,), jnp.float32),
-    'shift': _S((n,), jnp.int32),
-  }
-
-
-def _deepest(channels):
-  return 128 if channels % 128 == 0 else 64
-
-
 def _epilogue(n, residual=None, grid=None):
   numbers = _S((n,), jnp.int32)
   return Epilogue(
