@@ -7,25 +7,14 @@ of such files is one set, in the order of their names.
 
 import contextlib
 import dataclasses
-import lzma
 import pathlib
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import numpy as np
 
-_DAMAGE = (
-  zipfile.BadZipFile,
-  zlib.error,
-  lzma.LZMAError,
-  EOFError,
-  KeyError,
-  NotImplementedError,  # A compression or encryption that zipfile lacks.
-  RuntimeError,
-  ValueError,
-)
+from d2dpm_jax.runtime.files import DAMAGE
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,7 +147,9 @@ def _member(path: pathlib.Path, name: str) -> Iterator[tuple[IO[bytes], Any]]:
         if fortran and len(shape) > 1:
           raise ValueError(f'{name} is in Fortran order; save it in C order')
         yield stream, (shape, dtype)
-  except _DAMAGE as error:
+  except OSError:
+    raise  # It names the path, and what the system has against it.
+  except DAMAGE as error:
     raise ValueError(
       f'{path} is no readable .npz: {_reason(error, path, name)}.'
     ) from error

@@ -125,6 +125,22 @@ def test_damage_is_found_while_reading(tmp_path):
     list(image_sets.from_path(path).batches(10))
 
 
+@pytest.mark.parametrize(
+  'shape', ['((((', '(1, 4, 4, 3), {[]: 1}', f'({10**23}, 4, 4, 3)', '(,)']
+)
+def test_damaged_headers_are_named(tmp_path, shape):
+  """Under right checksums, so that NumPy gets to read it."""
+  header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
+  size = len(header).to_bytes(2, 'little')
+  path = tmp_path / 'x.npz'
+  with zipfile.ZipFile(path, 'w') as archive:
+    data = b'\x93NUMPY\x01\x00' + size + header.encode()
+    archive.writestr('arr_0.npy', data)
+  with pytest.raises(ValueError, match='x.npz') as found:
+    list(image_sets.from_path(path).batches(1))
+  assert '\n' not in str(found.value)
+
+
 def test_an_array_shorter_than_its_header_says(tmp_path):
   path = tmp_path / 'x.npz'
   np.save(tmp_path / 'arr_0.npy', _images(4))
