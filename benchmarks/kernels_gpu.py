@@ -53,7 +53,7 @@ def _int8(key, shape):
   return jax.random.randint(key, shape, -128, 128, jnp.int8)
 
 
-def _epilogue(key, n, depth, rows, options):
+def _epilogue(key, n, depth, rows, options, a):
   keys = jax.random.split(key, 6)
   every = {
     # Sums have a deviation of 74 * 74 * sqrt(depth).
@@ -63,6 +63,7 @@ def _epilogue(key, n, depth, rows, options):
     'shift': jax.random.randint(keys[2], (n,), -3, 4, jnp.int32),
     'correction': jax.random.randint(keys[3], (n,), -(10**4), 10**4),
     'residual': jax.random.normal(keys[4], (*rows, n), jnp.bfloat16),
+    'row_sums': jnp.sum(a, -1, dtype=jnp.int32),
     'grid': norm.grid_numbers(1 / _STEP, _ZERO, _OFFSET),
   }
   names = ('scale', 'bias', 'correction', *options)
@@ -87,12 +88,13 @@ def conv(batch, side, depth, n, options, dtype=jnp.bfloat16):
 
   def inputs():
     keys = jax.random.split(jax.random.key(0), 3)
+    a = _int8(keys[0], (batch, side + 2, side + 2, depth))
     kernel = _int8(keys[1], (3, 3, depth, n))
     return {
-      'a': _int8(keys[0], (batch, side + 2, side + 2, depth)),
+      'a': a,
       'kernel': kernel,
       'k': products.kernel_layout(kernel),
-      'e': _epilogue(keys[2], n, 9 * depth, rows, options),
+      'e': _epilogue(keys[2], n, 9 * depth, rows, options, a),
     }
 
   def plain(d):
@@ -129,10 +131,7 @@ def linear(batch, side, depth, n, options):
   def inputs():
     keys = jax.random.split(jax.random.key(0), 3)
     a = _int8(keys[0], (m, depth))
-    given = tuple(name for name in options if name != 'row_sums')
-    e = _epilogue(keys[2], n, depth, (m,), given)
-    if 'row_sums' in options:
-      e = e._replace(row_sums=jnp.sum(a, 1, dtype=jnp.int32))
+    e = _epilogue(keys[2], n, depth, (m,), options, a)
     return {'a': a, 'k': _int8(keys[1], (n, depth)), 'e': e}
 
   def plain(d):
@@ -181,10 +180,37 @@ def group_norm(batch, side, depth):
   return Case(
     f'group norm {batch}x{side}x{side} {depth}',
     inputs,
-    lambda d: norm.norm_silu_quantize(d['x'], d['gain'], d['shift'], grid),
+    lambda d: norm.norm_silu_quantize(d['x'], d['gain'], d['shift'], grid)[0],
     plain,
     0,
     3 * batch * side * side * depth,
+  )
+
+
+def moments(batch, side, depth):
+  """The numbers of a group norm; its gain is compared."""
+  ones = jnp.ones(depth, jnp.bfloat16)
+  zeros = jnp.zeros((batch, depth))
+
+  def inputs():
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (batch, side, side, depth))
+    size = jax.random.uniform(keys[1], (batch, 1, 1, depth), minval=0.5)
+    return {'x': (3 + x * size).astype(jnp.bfloat16)}
+
+  def plain(d):
+    x = d['x'][:_IMAGES].astype(jnp.float32)
+    groups = x.reshape(_IMAGES, -1, 32, depth // 32)
+    gain = jax.lax.rsqrt(jnp.var(groups, (1, 3)) + 1e-5)
+    return jnp.repeat(gain, depth // 32, -1)
+
+  return Case(
+    f'moments {batch}x{side}x{side} {depth}',
+    inputs,
+    lambda d: norm.group_affine(d['x'], ones, ones, zeros)[0],
+    plain,
+    0,
+    2 * batch * side * side * depth,
   )
 
 
@@ -226,17 +252,19 @@ def layer_norm(batch, side, depth, count):
 def cases(batch):
   """Shapes of cin256, the most telling ones first."""
   added, shifted = ('residual',), ('shift', 'residual')
-  yield conv(batch, 64, 192, 192, shifted)
+  summed = ('row_sums', *shifted)
+  yield conv(batch, 64, 192, 192, summed)
   yield linear(batch, 32, 384, 3072, ('shift', 'row_sums', 'grid'))
-  yield conv(16, 64, 192, 192, shifted)
-  yield conv(batch, 64, 192, 64, ('shift',), jnp.float32)
-  yield conv(batch, 32, 384, 384, shifted)
-  yield conv(16, 8, 960, 960, shifted)
+  yield conv(16, 64, 192, 192, summed)
+  yield conv(batch, 64, 192, 64, ('shift', 'row_sums'), jnp.float32)
+  yield conv(batch, 32, 384, 384, summed)
+  yield conv(16, 8, 960, 960, summed)
   yield layer_norm(batch, 32, 384, 3)
   yield linear(batch, 32, 384, 384, ('shift', 'row_sums'))
   yield linear(batch, 32, 1536, 384, shifted)
   yield group_norm(batch, 64, 192)
-  yield conv(batch, 16, 576, 576, ('shift',))
+  yield moments(batch, 64, 192)
+  yield conv(batch, 16, 576, 576, ('shift', 'row_sums'))
   yield conv(batch, 32, 384, 384, added)
   yield conv(batch, 8, 960, 960, added)
   yield linear(batch, 32, 384, 3072, ('grid',))

@@ -27,6 +27,7 @@ class CrossAttention(nn.Module):
     context: jax.Array | None = None,
     *,
     norm: nn.Module | None = None,
+    constant: jax.Array | None = None,
   ) -> jax.Array:
     """Maps float[B, L, D] and float[B, M, E] to float[B, L, D].
 
@@ -35,6 +36,7 @@ class CrossAttention(nn.Module):
       context: tokens that answer, `x` if None.
       norm: what `x` goes through first, in attention to itself; then `x` is
         added to the result.
+      constant: float[B, 1, D], added to that.
     """
     width = x.shape[-1]
     dense = functools.partial(layers.Dense, width, dtype=self.dtype)
@@ -50,7 +52,7 @@ class CrossAttention(nn.Module):
     q, k, v = (y.reshape(*y.shape[:2], *shape) for y in found)
     y = layers.attend(q, k, v).reshape(x.shape)
     out = dense(name='to_out_0')
-    return out(y) if norm is None else out.plus(y, x)
+    return out(y) if norm is None else out.plus(y, x, constant)
 
 
 class GEGLU(nn.Module):

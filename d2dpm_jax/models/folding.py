@@ -29,6 +29,8 @@ Array = jax.Array
 Network = Callable[[Array, Array, Any], Array]  # (x, t, context) -> eps
 
 _EMB_LAYER = 'emb_layers_1'  # Of a ResBlock.
+# Of a BasicTransformerBlock. The first one's output layer can add a constant.
+_BEFORE, _FOLDED = 'attn1', 'attn2'
 
 
 class Constants(NamedTuple):
@@ -48,8 +50,10 @@ def _is_emb_layer(module: nn.Module) -> bool:
 
 
 def _context(module: nn.Module, args: tuple[Any, ...]) -> Array | None:
-  """What a module attends to, if it is cross-attention."""
-  if not isinstance(module, CrossAttention) or len(args) < 2:
+  """What a module attends to, if it is cross-attention behind `_BEFORE`."""
+  if not isinstance(module, CrossAttention) or module.name != _FOLDED:
+    return None
+  if len(args) < 2:
     return None
   return args[1]
 
@@ -148,13 +152,18 @@ def apply(
   """
 
   def replace(call, args, kwargs, at):
+    if at.method_name != '__call__':
+      return call(*args, **kwargs)
+    *above, name = at.module.path or ('',)
     path = '/'.join(at.module.path)
-    if at.method_name == '__call__':
-      if path in constants.by_step:
-        row = constants.by_step[path]
-        return jnp.broadcast_to(row, (len(args[0]), *row.shape))
-      if path in constants.by_image:
-        return jnp.broadcast_to(constants.by_image[path], args[0].shape)
+    if path in constants.by_step:
+      row = constants.by_step[path]
+      return jnp.broadcast_to(row, (len(args[0]), *row.shape))
+    if path in constants.by_image:
+      return jnp.zeros_like(args[0])  # `_BEFORE` has added it.
+    after = constants.by_image.get('/'.join([*above, _FOLDED]))
+    if name == _BEFORE and after is not None:
+      kwargs = {**kwargs, 'constant': after}
     return call(*args, **kwargs)
 
   with nn.intercept_methods(replace):

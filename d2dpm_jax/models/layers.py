@@ -53,24 +53,6 @@ class GroupNorm32(nn.GroupNorm):
     gain = jax.lax.rsqrt(variance + self.epsilon) * scale
     return (x - (mean - offset)) * gain + bias
 
-  def affine(
-    self, x: jax.Array, offset: jax.Array | float = 0.0
-  ) -> tuple[jax.Array, jax.Array]:
-    """The numbers with which the norm of a bound module is `x gain + shift`.
-
-    Args:
-      x: float[B, ..., C].
-      offset: as when called.
-
-    Returns:
-      gain and shift, float32[B, 1, .., C].
-    """
-    params = self.variables['params']
-    offset = jnp.asarray(offset, jnp.float32)
-    mean, variance = group_moments(x, self.num_groups, offset)
-    gain = jax.lax.rsqrt(variance + self.epsilon) * params['scale']
-    return gain, params['bias'] - (mean - offset) * gain
-
 
 def group_moments(
   x: jax.Array, groups: int, offset: jax.Array | float = 0.0
@@ -125,9 +107,15 @@ class _Steps(nn.Module):
   for some of them as a whole (`d2dpm_jax/quantization/fused.py`).
   """
 
-  def plus(self, x: jax.Array, residual: jax.Array) -> jax.Array:
-    """The layer's output and a residual."""
-    return residual + self(x)
+  def plus(
+    self,
+    x: jax.Array,
+    residual: jax.Array,
+    constant: jax.Array | None = None,
+  ) -> jax.Array:
+    """The layer's output, a residual, and a constant float[B, 1, D]."""
+    y = residual + self(x)
+    return y if constant is None else constant + y
 
   def after_norm(
     self,

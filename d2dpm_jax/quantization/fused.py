@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from d2dpm_jax.models.layers import upsample_nearest
 from d2dpm_jax.quantization import integer, transform
 from d2dpm_jax.quantization.integer import IntegerLayer
 from d2dpm_jax.quantization.kernels import norm as norms
@@ -149,7 +150,11 @@ def _of(module: nn.Module, layers: Layers) -> FusedLayer | None:
 
 
 def _plus(
-  module: nn.Module, layers: Layers, x: Array, residual: Array | None = None
+  module: nn.Module,
+  layers: Layers,
+  x: Array,
+  residual: Array | None = None,
+  constant: Array | None = None,
 ) -> Array | None:
   """The layer itself, with a residual or without."""
   layer = _of(module, layers)
@@ -159,8 +164,15 @@ def _plus(
     or not _fits(module, layer, x.shape, residual)
   ):
     return None
-  a = _padded(layer, _quantized(layer, x))
-  return _product(module, layer, a, None, residual)
+  pixels = math.prod(x.shape[1:-1])
+  shared = not layer.is_3x3 and products.fit_shared(pixels)
+  if constant is not None and not shared:
+    return None
+  if constant is None and residual is not None and shared:
+    # The kernel of layers that have one; another takes a second to compile.
+    constant = jnp.zeros((len(x), 1, residual.shape[-1]))
+  a = _padded(layer, _quantized(layer, x), layer.grid[3].astype(jnp.int8))
+  return _product(module, layer, a, None, residual, constant)
 
 
 def _quantized(layer: FusedLayer, x: Array) -> Array:
@@ -170,18 +182,18 @@ def _quantized(layer: FusedLayer, x: Array) -> Array:
   return (integer.rounded(quotient) + zero.astype(jnp.int32)).astype(jnp.int8)
 
 
-def _padded(layer: FusedLayer, a: Array) -> Array:
-  """Codes with those of zero around, if a 3x3 convolution is to see them."""
+def _padded(layer: FusedLayer, x: Array, value: Array) -> Array:
+  """[B, H, W, ..] with `value` around, if a 3x3 convolution is to see it."""
   if not layer.is_3x3:
-    return a
-  ends = [(0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)]
-  return jax.lax.pad(a, layer.grid[3].astype(jnp.int8), ends)
+    return x
+  ends = [(1, 1, 0) if axis in (1, 2) else (0, 0, 0) for axis in range(x.ndim)]
+  return jax.lax.pad(x, value, ends)
 
 
 def _after_upsample(
   module: nn.Module, layers: Layers, x: Array
 ) -> Array | None:
-  """Doubles codes: a quarter of the numbers is quantized."""
+  """Doubles codes: a quarter of the numbers is quantized and summed up."""
   layer = _of(module, layers)
   b, height, width, depth = x.shape
   shape = (b, 2 * height, 2 * width, depth)
@@ -191,9 +203,16 @@ def _after_upsample(
     or not _fits(module, layer, shape, None)
   ):
     return None
-  a = _quantized(layer, x)[:, :, None, :, None]
-  a = jnp.broadcast_to(a, (b, height, 2, width, 2, depth)).reshape(shape)
-  return _product(module, layer, _padded(layer, a), None, None)
+  # One pass that writes codes, without what reads them.
+  codes = jax.lax.optimization_barrier(_quantized(layer, x))
+  zero = layer.grid[3].astype(jnp.int8)
+  a = _padded(layer, upsample_nearest(codes), zero)
+  sums = None
+  if layer.shift is not None:
+    sums = jnp.sum(codes, -1, dtype=jnp.int32, keepdims=True)
+    sums = _padded(layer, upsample_nearest(sums), zero * jnp.int32(depth))
+    sums = sums[..., 0]
+  return _product(module, layer, a, sums, None)
 
 
 def _after_norm(
@@ -214,17 +233,28 @@ def _after_norm(
     or not _fits(module, layer, x.shape, residual)
   ):
     return None
-  gain, shift = norm.affine(x, offset)
-  a = norms.norm_silu_quantize(
+  params, depth = norm.variables['params'], x.shape[-1]
+  offset = jnp.broadcast_to(offset, (len(x), 1, 1, depth))
+  gain, shift = norms.group_affine(
     x,
-    gain.reshape(-1, x.shape[-1]),
-    shift.reshape(-1, x.shape[-1]),
+    params['scale'],
+    params['bias'],
+    offset.reshape(-1, depth),
+    groups=norm.num_groups,
+    epsilon=norm.epsilon,
+    interpret=_interpreted(),
+  )
+  a, sums = norms.norm_silu_quantize(
+    x,
+    gain,
+    shift,
     layer.grid,
     silu=silu,
+    sums=layer.shift is not None,
     padding=1 if layer.is_3x3 else 0,
     interpret=_interpreted(),
   )
-  return _product(module, layer, a, None, residual)
+  return _product(module, layer, a, sums, residual)
 
 
 def _all_after_norm(
@@ -353,8 +383,12 @@ def _product(
   a: Array,
   row_sums: Array | None,
   residual: Array | None,
+  constant: Array | None = None,
 ) -> Array:
-  """The layer of codes, which are padded for a 3x3 convolution."""
+  """The layer of codes, which are padded for a 3x3 convolution.
+
+  Sums of rows are those of `a` over channels, one for every pixel.
+  """
   bias = module.variables.get('params', {}).get('bias')
   outputs = layer.plain.kernel.shape[-1]
   if layer.is_3x3:
@@ -369,8 +403,14 @@ def _product(
     )
     return y[..., :outputs]
   shape = (*a.shape[:-1], outputs)
+  if row_sums is not None:
+    row_sums = row_sums.reshape(-1)
   if residual is not None:
-    residual = residual.reshape(-1, shape[-1])
+    residual = residual.reshape(-1, outputs)
+  if bias is None:  # Layers with and without one share kernels.
+    bias = jnp.zeros(outputs, module.dtype)
+  if constant is not None:
+    bias += constant.reshape(-1, outputs).astype(jnp.float32)
   epilogue = _epilogue(layer, bias, row_sums, residual)
   rows = a.reshape(-1, a.shape[-1])
   y = products.linear(rows, layer.kernel, epilogue, interpret=_interpret())

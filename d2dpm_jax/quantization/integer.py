@@ -75,6 +75,8 @@ class IntegerLayer:
     in_bfloat16: see `prepare`.
     unpack_first: see `prepare`.
     fused: see `prepare`.
+    outputs_first: whether the last axis of `kernel` is its first, as kernels of
+      `fused` want it.
   """
 
   kernel: Array
@@ -90,6 +92,7 @@ class IntegerLayer:
   in_bfloat16: bool = flax.struct.field(pytree_node=False, default=False)
   unpack_first: bool = flax.struct.field(pytree_node=False, default=False)
   fused: bool = flax.struct.field(pytree_node=False, default=False)
+  outputs_first: bool = flax.struct.field(pytree_node=False, default=False)
 
   @property
   def floats(self) -> bool:
@@ -141,6 +144,9 @@ def prepare(
         unpack_first=unpack_first,
         fused=fused and path not in in_bfloat16,
       )
+      if found.fused and found.offset is None:
+        kernel: Any = np.moveaxis(np.asarray(found.kernel), -1, 0).copy()
+        found = dataclasses.replace(found, kernel=kernel, outputs_first=True)
     result[path] = found or transform.LayerState(weight=weight, act=act)
   return result
 
@@ -247,6 +253,8 @@ def _to_int8(codes: Array, offset: Array) -> Array:
 
 def kernel_operand(layer: IntegerLayer) -> Array:
   """int8 with the shape of the kernel, k."""
+  if layer.outputs_first:
+    return jnp.moveaxis(layer.kernel, 0, -1)
   if layer.offset is None:
     return layer.kernel
   codes = packing.unpack_codes(layer.kernel, layer.bits, layer.inputs)
@@ -329,7 +337,9 @@ def ready(layer: IntegerLayer) -> IntegerLayer:
     layer = dataclasses.replace(layer, correction=correction(layer))
   if layer.unpack_first or layer.fused:
     kernel = kernel_operand(layer)
-    layer = dataclasses.replace(layer, kernel=kernel, offset=None)
+    layer = dataclasses.replace(
+      layer, kernel=kernel, offset=None, outputs_first=False
+    )
   return layer
 
 

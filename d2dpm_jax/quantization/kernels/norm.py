@@ -21,7 +21,7 @@ Array = jax.Array
 _ROUND = np.float32(1.5 * 2**23)
 _ROUND_BITS = int(_ROUND.view(np.int32))
 _LOG2E = float(np.log2(np.e))
-_WARP = 32
+_PIXELS_SUMMED = 512  # By one program, in `group_affine`.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def grid_numbers(
 
 
 @functools.partial(
-  jax.jit, static_argnames=('silu', 'padding', 'tiles', 'interpret')
+  jax.jit, static_argnames=('silu', 'sums', 'padding', 'tiles', 'interpret')
 )
 def norm_silu_quantize(
   x: Array,
@@ -71,10 +71,11 @@ def norm_silu_quantize(
   grid: Array,
   *,
   silu: bool = True,
+  sums: bool = True,
   padding: int = 1,
   tiles: Tiles = Tiles(),
   interpret: bool = False,
-) -> Array:
+) -> tuple[Array, Array | None]:
   """Quantizes `silu(x gain + shift)`, padded with the code of zero.
 
   Codes are those of `affine.quantize`, but where its quotient and this product
@@ -86,12 +87,14 @@ def norm_silu_quantize(
     shift: float32[B, C]: bias - mean rstd scale.
     grid: float32[4], see `grid_numbers`.
     silu: whether there is one.
+    sums: also return sums over channels.
     padding: pixels added at each side.
     tiles: see there.
     interpret: run on any device, slowly.
 
   Returns:
-    int8[B, H + 2 padding, W + 2 padding, C], codes minus the offset.
+    int8[B, H + 2 padding, W + 2 padding, C], codes minus the offset, and
+    int32[B, H + 2 padding, W + 2 padding], their sums, or None.
 
   Raises:
     ValueError: the channels do not divide into those of a tile.
@@ -100,14 +103,14 @@ def norm_silu_quantize(
   if depth % tiles.channels:
     raise ValueError(f'{depth} channels do not divide into {tiles}.')
   tall, wide = height + 2 * padding, width + 2 * padding
-  total = tall * wide
-  blocks = pl.cdiv(total, tiles.pixels)
+  area = tall * wide
+  blocks = pl.cdiv(area, tiles.pixels)
 
-  def kernel(x_ref, gain_ref, shift_ref, grid_ref, a_ref):
+  def kernel(x_ref, gain_ref, shift_ref, grid_ref, a_ref, *sums_ref):
     block, image = pl.program_id(0), pl.program_id(1)
     pixels = block * tiles.pixels + jnp.arange(tiles.pixels)
     row, column = (v - padding for v in divide(pixels, wide))
-    exists = pixels < total
+    exists = pixels < area
     interior = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     if padding == 0:
       interior = exists
@@ -117,11 +120,11 @@ def norm_silu_quantize(
     border = grid_ref[3].astype(jnp.int32)
     shape = (tiles.pixels, tiles.channels)
     interior = jnp.broadcast_to(interior[:, None], shape)
-    targets = image * total + pixels
+    targets = image * area + pixels
     exists_here = jnp.broadcast_to(exists[:, None], shape)
     here = jnp.full(tiles.channels, image)
 
-    def step(i, _):
+    def step(i, total):
       channels = i * tiles.channels + jnp.arange(tiles.channels)
       values = plgpu.load(
         x_ref.at[source[:, None], channels[None]], mask=interior, other=0.0
@@ -137,19 +140,157 @@ def norm_silu_quantize(
         codes.astype(jnp.int8),
         mask=exists_here,
       )
-      return ()
+      return total + codes if sums else total
 
-    jax.lax.fori_loop(0, depth // tiles.channels, step, ())
+    total = jnp.zeros(shape if sums else (), jnp.int32)
+    total = jax.lax.fori_loop(0, depth // tiles.channels, step, total)
+    if sums:
+      plgpu.store(sums_ref[0].at[targets], jnp.sum(total, 1), mask=exists)
 
-  a = pl.pallas_call(
+  shapes: list[Any] = [jax.ShapeDtypeStruct((b * area, depth), jnp.int8)]
+  if sums:
+    shapes.append(jax.ShapeDtypeStruct((b * area,), jnp.int32))
+  a, *found = pl.pallas_call(
     kernel,
     grid=(blocks, b),
-    out_shape=jax.ShapeDtypeStruct((b * total, depth), jnp.int8),
+    out_shape=shapes,
     compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=1),
     interpret=interpret,
     name='norm_silu_quantize',
   )(x.reshape(-1, depth), gain, shift, grid)
-  return a.reshape(b, tall, wide, depth)
+  a = a.reshape(b, tall, wide, depth)
+  return a, found[0].reshape(b, tall, wide) if sums else None
+
+
+@functools.partial(
+  jax.jit, static_argnames=('groups', 'epsilon', 'tiles', 'interpret')
+)
+def group_affine(
+  x: Array,
+  scale: Array,
+  bias: Array,
+  offset: Array,
+  *,
+  groups: int = 32,
+  epsilon: float = 1e-5,
+  tiles: Tiles = Tiles(),
+  interpret: bool = False,
+) -> tuple[Array, Array]:
+  """The numbers with which the group norm of `x + offset` is `x gain + shift`.
+
+  Sums are of distances to a pixel, as in `layers.group_moments`.
+
+  Args:
+    x: bfloat16 or float32[B, H, W, C].
+    scale: float[C], of the norm.
+    bias: float[C], of the norm.
+    offset: float32[B, C], the same for all pixels.
+    groups: number of them, which divides C.
+    epsilon: of the norm.
+    tiles: see there.
+    interpret: run on any device, slowly.
+
+  Returns:
+    gain and shift, float32[B, C].
+
+  Raises:
+    ValueError: the channels do not divide into groups, or those of a tile.
+  """
+  b, height, width, depth = x.shape
+  if depth % tiles.channels or depth % groups:
+    raise ValueError(f'{depth} channels do not divide into {groups}, {tiles}.')
+  x = x.reshape(b, -1, depth)
+  middle = height // 2 * width + width // 2
+  first, second = _sums_of_distances(x, middle, tiles, interpret)
+  each, parts = depth // groups, first.shape[1]
+  # Tiles are of sizes that are powers of two.
+  lanes, lines = pl.next_power_of_2(each), pl.next_power_of_2(parts)
+
+  def kernel(
+    x_ref, first_ref, second_ref, scale_ref, bias_ref, offset_ref, *to
+  ):
+    image, group = pl.program_id(1), pl.program_id(0)
+    lane, line = jnp.arange(lanes), jnp.arange(lines)
+    channels, inside = group * each + lane, lane < each
+    here = jnp.full(lanes, image)
+    all_inside = inside[None] & (line < parts)[:, None]
+
+    def load(ref, *index):
+      values = plgpu.load(ref.at[index], mask=inside, other=0.0)
+      return values.astype(jnp.float32)
+
+    def mean_of(ref):
+      index = (here[None], line[:, None], channels[None])
+      found = plgpu.load(ref.at[index], mask=all_inside, other=0.0)
+      return jnp.sum(found, 0) * (1 / (height * width))
+
+    def over_group(values):
+      return jnp.sum(jnp.where(inside, values, 0.0)) * (1 / each)
+
+    distance = mean_of(first_ref)
+    inner = jnp.maximum(mean_of(second_ref) - distance * distance, 0.0)
+    added = load(offset_ref, here, channels)
+    origin = load(x_ref, here, jnp.full(lanes, middle), channels)
+    channel = distance + origin + added
+    mean = over_group(channel)
+    apart = channel - mean
+    variance = over_group(inner + apart * apart)
+    gain = jax.lax.rsqrt(variance + epsilon) * load(scale_ref, channels)
+    shift = load(bias_ref, channels) - (mean - added) * gain
+    for ref, values in zip(to, (gain, shift), strict=True):
+      plgpu.store(ref.at[here, channels], values, mask=inside)
+
+  return pl.pallas_call(
+    kernel,
+    grid=(groups, b),
+    out_shape=[jax.ShapeDtypeStruct((b, depth), jnp.float32)] * 2,
+    compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+    interpret=interpret,
+    name='group_affine',
+  )(x, first, second, scale, bias, offset)
+
+
+def _sums_of_distances(
+  x: Array, middle: int, tiles: Tiles, interpret: bool
+) -> tuple[Array, Array]:
+  """To pixel `middle` of [B, P, C], and of squares; float32[B, parts, C]."""
+  b, area, depth = x.shape
+  parts = pl.cdiv(area, _PIXELS_SUMMED)
+  steps = pl.cdiv(area, parts * tiles.pixels)
+
+  def kernel(x_ref, first_ref, second_ref):
+    channels = pl.program_id(0) * tiles.channels + jnp.arange(tiles.channels)
+    part, image = pl.program_id(1), pl.program_id(2)
+    begin = part * steps * tiles.pixels
+    at = jnp.full(tiles.channels, image * area + middle)
+    origin = plgpu.load(x_ref.at[at, channels]).astype(jnp.float32)[None]
+
+    def step(i, sums):
+      pixels = begin + i * tiles.pixels + jnp.arange(tiles.pixels)
+      inside = jnp.broadcast_to((pixels < area)[:, None], sums[0].shape)
+      values = plgpu.load(
+        x_ref.at[(image * area + pixels)[:, None], channels[None]],
+        mask=inside,
+        other=0.0,
+      )
+      distance = jnp.where(inside, values.astype(jnp.float32) - origin, 0.0)
+      return sums[0] + distance, sums[1] + distance * distance
+
+    zeros = jnp.zeros((tiles.pixels, tiles.channels), jnp.float32)
+    sums = jax.lax.fori_loop(0, steps, step, (zeros, zeros))
+    here = jnp.full(tiles.channels, image)
+    for ref, values in zip((first_ref, second_ref), sums, strict=True):
+      target = ref.at[here, jnp.full(tiles.channels, part), channels]
+      plgpu.store(target, jnp.sum(values, 0))
+
+  return pl.pallas_call(
+    kernel,
+    grid=(depth // tiles.channels, parts, b),
+    out_shape=[jax.ShapeDtypeStruct((b, parts, depth), jnp.float32)] * 2,
+    compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=1),
+    interpret=interpret,
+    name='sums_of_distances',
+  )(x.reshape(-1, depth))
 
 
 @functools.partial(

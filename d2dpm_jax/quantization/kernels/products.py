@@ -9,7 +9,6 @@ has one of every shape.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -49,22 +48,17 @@ def _has_width(n: int, widths: tuple[int, ...] = _WIDTHS) -> bool:
   return any(n % w == 0 for w in widths)
 
 
-def _columns(n: int) -> int:
-  """Columns that are rescaled at a time, of a tile of n."""
-  return 64 if n % 64 == 0 else 32
-
-
 def _deepest(depth: int) -> int:
   """Products that are added up at a time."""
   return 128 if depth % 128 == 0 else 64
 
 
-def _tiles(rows: int, n: int, k: int, columns: int, band: int = 1) -> Tiles:
-  """With as many stages as shared memory holds beside the result."""
+def _tiles(rows: int, n: int, k: int, line: int, band: int = 1) -> Tiles:
+  """With as many stages as shared memory holds beside lines of the result."""
   stage = (hopper.WARPGROUPS * rows + n) * k
-  result = hopper.WARPGROUPS * rows * n * 2
+  result = hopper.WARPGROUPS * rows * line
   stages = min(_STAGES, (_SHARED_BYTES - result) // stage)
-  return Tiles(rows, n, k, stages, columns, band)
+  return Tiles(rows, n, k, stages, band)
 
 
 def fit(rows: int, inputs: int, outputs: int) -> bool:
@@ -74,6 +68,11 @@ def fit(rows: int, inputs: int, outputs: int) -> bool:
     and inputs % LEAST_CHANNELS == 0
     and _has_width(outputs)
   )
+
+
+def fit_shared(rows: int) -> bool:
+  """Whether so many rows after each other can have a bias of their own."""
+  return rows % Tiles().rows == 0
 
 
 def fit_gated(rows: int, inputs: int, outputs: int) -> bool:
@@ -105,7 +104,8 @@ def linear(
   Args:
     a: int8[M, K].
     k: int8[N, K], the kernel, transposed.
-    epilogue: without a grid.
+    epilogue: without a grid. A bias of rows is there for a multiple of
+      `tiles.rows` rows.
     tiles: None chooses.
     interpret: what `plgpu.kernel` takes.
 
@@ -151,12 +151,12 @@ def gated(
 
 def _linear_tiles(k: Array) -> Tiles:
   n = _width(k.shape[0], (256, *_WIDTHS) if k.shape[0] >= 2048 else _WIDTHS)
-  return _tiles(64, n, 64, _columns(n), band=4)
+  return _tiles(64, n, _deepest(k.shape[1]), 2 * n, band=4)
 
 
 def _gated_tiles(k: Array) -> Tiles:
   n = _width(k.shape[0], _EVEN_WIDTHS)
-  return _tiles(64, n, _deepest(k.shape[1]), _columns(n // 2))
+  return _tiles(64, n, _deepest(k.shape[1]), n // 2)
 
 
 def _matrix(
@@ -210,7 +210,9 @@ def conv(
   Args:
     a: int8[B, H + 2, W + 2, I], padded already.
     k: int8[O, 9 I], see `kernel_layout`.
-    epilogue: without a grid; the residual is bfloat16[B, H, W, O].
+    epilogue: without a grid; the residual is bfloat16[B, H, W, O]. Sums of
+      rows are those of pixels here, int32[B, H + 2, W + 2], and made if they
+      are needed and not there.
     dtype: of the result, bfloat16 or float32.
     tiles: k divides I. None chooses.
     interpret: what `plgpu.kernel` takes.
@@ -221,14 +223,14 @@ def conv(
   Raises:
     ValueError: shapes do not fit each other or the tiles.
   """
-  if epilogue.grid is not None or epilogue.row_sums is not None:
-    raise ValueError('A convolution has neither a grid nor sums of rows.')
+  if epilogue.grid is not None:
+    raise ValueError('A convolution has no grid.')
   b, height, width, depth = a.shape
   height, width = height - 2, width - 2
   n = k.shape[0]
-  tiles = tiles or _conv_tiles(b * height * width, depth, n)
-  if dtype == jnp.float32:  # A line of shared memory has 128 bytes.
-    tiles = dataclasses.replace(tiles, columns=32)
+  tiles = tiles or _conv_tiles(
+    b * height * width, depth, n, jnp.dtype(dtype).itemsize
+  )
   images = math.gcd(b, tiles.rows)
   if (
     k.shape[1] != _SIDE**2 * depth
@@ -261,6 +263,9 @@ def conv(
     which, at = places(first)
     return [ref.at[which, pixel, columns] for pixel in at]
 
+  if epilogue.shift is not None:
+    row_sums = _window_sums(a, epilogue.row_sums, images)
+    epilogue = epilogue._replace(row_sums=row_sums)
   if epilogue.residual is not None:
     residual = epilogue.residual.reshape(b, pixels, n)
     epilogue = epilogue._replace(residual=residual)
@@ -277,9 +282,19 @@ def conv(
   return y.reshape(b, height, width, n)
 
 
-def _conv_tiles(rows: int, depth: int, n: int) -> Tiles:
+def _window_sums(a: Array, sums: Array | None, images: int) -> Array:
+  """int32[B H W] of windows, in the order of tiles: the image comes last."""
+  if sums is None:
+    sums = jnp.sum(a, -1, dtype=jnp.int32)
+  sums = sums[:, :-2] + sums[:, 1:-1] + sums[:, 2:]
+  sums = sums[:, :, :-2] + sums[:, :, 1:-1] + sums[:, :, 2:]
+  sums = sums.reshape(len(sums) // images, images, -1)
+  return jnp.swapaxes(sums, 1, 2).reshape(-1)
+
+
+def _conv_tiles(rows: int, depth: int, n: int, size: int = 2) -> Tiles:
   columns = _width(n)
   k, tall = _deepest(depth), 128
   if k == 64 and columns <= 192 and rows % (hopper.WARPGROUPS * tall) == 0:
-    return _tiles(tall, columns, k, 32)
-  return _tiles(64, columns, k, _columns(columns))
+    return _tiles(tall, columns, k, columns * size)
+  return _tiles(64, columns, k, columns * size)

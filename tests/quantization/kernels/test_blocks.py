@@ -1,11 +1,14 @@
 """Blocks by fused kernels, interpreted, against the same layers by XLA."""
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from fused_layers import layers_of, random_variables
 
-from d2dpm_jax.models.attention import SpatialTransformer
+from d2dpm_jax.models.attention import CrossAttention, SpatialTransformer
+from d2dpm_jax.models.layers import LayerNorm32
 from d2dpm_jax.models.unet import ResBlock, Upsample
 from d2dpm_jax.quantization import integer, integer_model
 from d2dpm_jax.quantization.kernels import norm, products
@@ -16,15 +19,29 @@ _KERNELS = {
   'gated': products,
   'conv': products,
   'norm_silu_quantize': norm,
+  'group_affine': norm,
   'layer_norm_quantize': norm,
 }
+
+
+class Attention(nn.Module):
+  """To itself, with what is the same for all tokens of an image."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, constant: jax.Array) -> jax.Array:
+    attend = CrossAttention(2, dtype=self.dtype)
+    return attend(x, norm=LayerNorm32(), constant=constant)
 
 
 def _models(dtype):
   rng = np.random.default_rng(1)
   image = jnp.asarray(rng.standard_normal((16, 8, 8, 64)), dtype)
   emb = jnp.asarray(rng.standard_normal((16, 32)), dtype)
+  constant = jnp.asarray(rng.standard_normal((16, 1, 64)), dtype)
   return {
+    'Attention': (Attention(dtype), image.reshape(16, 64, 64), constant),
     # Two convolutions, and a layer for the embedding that fits no tile.
     'ResBlock': (ResBlock(128, dtype=dtype), image, emb),
     'SpatialTransformer': (SpatialTransformer(2, dtype=dtype), image),
@@ -33,12 +50,19 @@ def _models(dtype):
 
 
 _CALLS = {
-  'ResBlock': {'conv': 2, 'norm_silu_quantize': 2, 'linear': 1},
+  'Attention': {'linear': 4, 'layer_norm_quantize': 1},
+  'ResBlock': {
+    'conv': 2,
+    'norm_silu_quantize': 2,
+    'group_affine': 2,
+    'linear': 1,
+  },
   # Cross-attention to itself is not written as one step.
   'SpatialTransformer': {
     'linear': 11,
     'gated': 1,
     'norm_silu_quantize': 1,
+    'group_affine': 1,
     'layer_norm_quantize': 2,
   },
   'Upsample': {'conv': 1},
@@ -46,7 +70,7 @@ _CALLS = {
 
 
 @pytest.mark.parametrize('bits', [8, 4])
-@pytest.mark.parametrize('name', ['ResBlock', 'SpatialTransformer', 'Upsample'])
+@pytest.mark.parametrize('name', list(_CALLS))
 def test_blocks_are_those_of_xla(name, bits, monkeypatch):
   full, *args = _models(jnp.float32)[name]
   variables = random_variables(full, *args)
@@ -62,6 +86,10 @@ def test_blocks_are_those_of_xla(name, bits, monkeypatch):
 
     return counted
 
+  # Interpreted on wider tiles, arrays are so large that XLA splits them over
+  # its threads, which warpgroups hold while they wait for each other.
+  monkeypatch.setattr(products, '_WIDTHS', (64,))
+  monkeypatch.setattr(products, '_EVEN_WIDTHS', (128,))
   for kernel, module in _KERNELS.items():
     wrapped = count(kernel, getattr(module, kernel))
     monkeypatch.setattr(module, kernel, wrapped)

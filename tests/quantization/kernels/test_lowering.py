@@ -67,13 +67,10 @@ def test_convolutions(batch, side, channels):
 
 @pytest.mark.parametrize('side, channels', _LEVELS)
 def test_norms(side, channels):
-  _lower(
-    norm.norm_silu_quantize,
-    _S((_BATCH, side, side, channels), jnp.bfloat16),
-    _S((_BATCH, channels), jnp.float32),
-    _S((_BATCH, channels), jnp.float32),
-    _S((4,), jnp.float32),
-  )
+  x = _S((_BATCH, side, side, channels), jnp.bfloat16)
+  every, each = (_S((*n, channels), jnp.float32) for n in ((), (_BATCH,)))
+  _lower(norm.norm_silu_quantize, x, each, each, _S((4,), jnp.float32))
+  _lower(norm.group_affine, x, every, every, each)
 
 
 @pytest.mark.parametrize('side, channels', _LEVELS[1:])

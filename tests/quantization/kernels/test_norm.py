@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from d2dpm_jax.models.layers import GroupNorm32
 from d2dpm_jax.quantization import affine
 from d2dpm_jax.quantization.kernels import norm
 
@@ -26,7 +27,7 @@ def test_norm_and_quantization_are_those_of_plain_jax(
   gain, shift = _floats(rng, (b, depth)), _floats(rng, (b, depth))
   step = np.float32(2.0**-5 if bits == 8 else 2.0**-2)  # A product is exact.
   offset = np.clip(zero, 2.0**bits - 128, 128)
-  got = norm.norm_silu_quantize(
+  got, sums = norm.norm_silu_quantize(
     x,
     gain,
     shift,
@@ -44,11 +45,33 @@ def test_norm_and_quantization_are_those_of_plain_jax(
   ends = ((0, 0), (padding, padding), (padding, padding), (0, 0))
   want = jnp.pad(codes, ends, constant_values=int(zero)) - int(offset)
   assert got.dtype == jnp.int8 and got.shape == want.shape
+  np.testing.assert_array_equal(sums, jnp.sum(got, -1, dtype=jnp.int32))
   difference = np.abs(got.astype(jnp.int32) - want)
   # Elsewhere SiLU has another last bit.
   assert difference.max() <= 1 and np.mean(difference != 0) < 1e-3
   if not silu:
     assert difference.max() == 0
+
+
+@pytest.mark.parametrize('side, pixels', [(4, 16), (5, 8), (26, 64)])
+def test_moments_of_groups_are_those_of_the_norm(side, pixels):
+  rng = np.random.default_rng(4)
+  b, depth, groups = 2, 96, 16
+  x = 5 + _floats(rng, (b, side, side + 1, depth), jnp.bfloat16)
+  offset = _floats(rng, (b, 1, 1, depth))
+  full = GroupNorm32(num_groups=groups)
+  params = {'scale': _floats(rng, depth), 'bias': _floats(rng, depth)}
+  gain, shift = norm.group_affine(
+    x,
+    **params,
+    offset=offset[:, 0, 0],
+    groups=groups,
+    tiles=norm.Tiles(pixels=pixels, channels=32),
+    interpret=True,
+  )
+  got = x * gain[:, None, None] + shift[:, None, None]
+  want = full.apply({'params': params}, x.astype(jnp.float32), offset)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize('sums', [True, False])
