@@ -11,6 +11,7 @@ from helpers import assert_error_models_equal, assert_trees_equal, contents
 
 import d2dpm_jax as d2
 from d2dpm_jax.evaluation import digits
+from d2dpm_jax.pipelines import sample as sampling
 from d2dpm_jax.pipelines import setup
 from d2dpm_jax.runtime import weights
 from d2dpm_jax.training import data
@@ -71,6 +72,19 @@ def test_sampling_options_act(quantized):
   )
   assert (latents(seed=1) != first).any()
   assert (d2.sample(quantized, [1, 2, 3, 0]) != first).any()
+
+
+def test_calibration_and_sampling_share_their_program(model, quantized):
+  config = model.config
+  run = sampling.batch_runner(
+    quantized, 'auto', False, False, config.sample.microbatch, seed=0
+  )
+  compiled = run.program._sharded._cache_size()
+  assert compiled
+  for count in (1, 5, 8):
+    labels = np.arange(count) % 4
+    d2.sample(quantized, labels, batch_size=config.calibration.batch_size)
+  assert run.program._sharded._cache_size() == compiled
 
 
 def test_no_labels_is_one_of_each_class(quantized):

@@ -173,21 +173,21 @@ def ddim_step(
 
 def classifier_free(
   network: Callable[..., jax.Array],
-  guidance_scale: float,
+  guidance_scale: jax.Array | float | None,
   context: Any = None,
   null_context: Any = None,
 ) -> Callable[[jax.Array, jax.Array, Any], jax.Array]:
   """Makes the `eps_fn` of the sampler: eps_u + s * (eps_c - eps_u).
 
-  Source: arXiv:2207.12598, Eq. 6, as LDM writes it, where s = 1 means no
-  guidance. Both estimates come from one call on a doubled batch, in which the
-  two halves of an image stand side by side: a batch that is sharded over
-  devices stays where it is.
+  Source: arXiv:2207.12598, Eq. 6, as LDM writes it. Both estimates come from
+  one call on a doubled batch, in which the two halves of an image stand side by
+  side: a batch that is sharded over devices stays where it is.
 
   Args:
     network: (x [N, H, W, C], t int32[N], context [N, ...], table) -> eps
       [N, H, W, C]; `table` is what the sampler scans over beside the rows.
-    guidance_scale: s, a Python number.
+    guidance_scale: s; None is no guidance, for which s = 1 stands too if it is
+      a Python number.
     context: pytree of arrays [B, ...], or None for an unconditional network,
       which is called as it is, whatever the scale.
     null_context: the same pytree for 'no condition', [B, ...] or [1, ...].
@@ -198,7 +198,9 @@ def classifier_free(
   Raises:
     ValueError: guidance is wanted but `null_context` is missing.
   """
-  if context is None or guidance_scale == 1:
+  if isinstance(guidance_scale, int | float) and guidance_scale == 1:
+    guidance_scale = None
+  if context is None or guidance_scale is None:
 
     def unguided(x, t, table=None):
       return network(x, t, context, table)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +31,12 @@ class SamplerSettings:
   eta: float = 0.0
   guidance_scale: float = 3.0
 
+  @property
+  def scale(self) -> np.float32 | None:
+    """Of guidance, as programs take it; None is none."""
+    guided = self.guidance_scale != 1
+    return np.float32(self.guidance_scale) if guided else None
+
 
 class Inputs(NamedTuple):
   """Arguments of a program that are the same for every image."""
@@ -39,6 +45,7 @@ class Inputs(NamedTuple):
   qstate: Any  # Of `executable`, or {} for the full-precision network.
   correction_rows: Any  # Of denoising.correction, or None.
   key: Array  # Root of all noise.
+  guidance_scale: Any  # `SamplerSettings.scale`.
 
 
 class StepInputs(NamedTuple):
@@ -159,7 +166,6 @@ def balanced_labels(seed: int, index: np.ndarray, classes: int) -> np.ndarray:
 
 def _eps_fn(
   ldm: LatentDiffusion,
-  settings: SamplerSettings,
   inputs: Inputs,
   labels: Array,
   timesteps: Any,
@@ -168,8 +174,7 @@ def _eps_fn(
 
   Args:
     ldm: the architecture.
-    settings: whose guidance scale.
-    inputs: parameters and quantizers.
+    inputs: parameters, quantizers and the guidance scale.
     labels: int32[B].
     timesteps: int[S], all that it will be called with.
 
@@ -225,20 +230,38 @@ def _eps_fn(
   if given is None:
     return (
       ddim.classifier_free(
-        lambda x, t, _, row: network(x, t, {}, row), settings.guidance_scale
+        lambda x, t, _, row: network(x, t, {}, row), inputs.guidance_scale
       ),
       constants.by_step,
     )
   eps_fn = ddim.classifier_free(
     network,
-    settings.guidance_scale,
+    inputs.guidance_scale,
     jax.tree.map(lambda a: a[:-1], constants.by_image),
     jax.tree.map(lambda a: a[-1:], constants.by_image),
   )
   return eps_fn, constants.by_step
 
 
-@functools.lru_cache(maxsize=64)  # An experiment goes through many.
+def _remembered(build: Callable[..., Program]) -> Callable[..., Program]:
+  """One program for all that asks for the same one.
+
+  Guidance is no part of the question: its scale is one of the inputs.
+  """
+  programs = functools.lru_cache(maxsize=64)(build)  # An experiment has many.
+
+  @functools.wraps(build)
+  def remembered(
+    ldm: LatentDiffusion, settings: SamplerSettings, *rest: Any
+  ) -> Program:
+    return programs(
+      ldm, dataclasses.replace(settings, guidance_scale=1.0), *rest
+    )
+
+  return remembered
+
+
+@_remembered
 def sample_program(
   ldm: LatentDiffusion,
   settings: SamplerSettings,
@@ -259,7 +282,7 @@ def sample_program(
       noise.noise_stream, inputs.key, index, ldm.latent_shape
     )
     draws = correction in corrections.DRAWS_NOISE
-    eps_fn, tables = _eps_fn(ldm, settings, inputs, labels, rows.t)
+    eps_fn, tables = _eps_fn(ldm, inputs, labels, rows.t)
     latents = sampler.sample(
       eps_fn,
       rows,
@@ -288,7 +311,7 @@ def decode_program(ldm: LatentDiffusion, microbatch: int) -> Program:
   )
 
 
-@functools.lru_cache(maxsize=8)
+@_remembered
 def trajectory_program(
   ldm: LatentDiffusion, settings: SamplerSettings, microbatch: int
 ) -> Program:
@@ -303,7 +326,7 @@ def trajectory_program(
   def microbatch_fn(inputs: Inputs, index: Array, labels: Array):
     shape = ldm.latent_shape
     stream = noise.noise_stream(inputs.key, index, shape)
-    eps_fn, tables = _eps_fn(ldm, settings, inputs, labels, rows.t)
+    eps_fn, tables = _eps_fn(ldm, inputs, labels, rows.t)
     _, seen = sampler.sample(
       eps_fn,
       rows,
@@ -317,7 +340,7 @@ def trajectory_program(
   return Program(microbatch, microbatch_fn)
 
 
-@functools.lru_cache(maxsize=8)
+@_remembered
 def eps_program(
   ldm: LatentDiffusion, settings: SamplerSettings, microbatch: int
 ) -> Program:
@@ -329,7 +352,7 @@ def eps_program(
   rows = rows_of(ldm, settings)
 
   def microbatch_fn(inputs: Inputs, x: Array, labels: Array):
-    eps_fn, tables = _eps_fn(ldm, settings, inputs, labels, rows.t)
+    eps_fn, tables = _eps_fn(ldm, inputs, labels, rows.t)
 
     def step(_, scanned):
       x_t, t, table = scanned
@@ -341,7 +364,7 @@ def eps_program(
   return Program(microbatch, microbatch_fn)
 
 
-@functools.lru_cache(maxsize=8)
+@_remembered
 def pair_program(
   ldm: LatentDiffusion, settings: SamplerSettings, microbatch: int
 ) -> Program:
@@ -363,14 +386,14 @@ def pair_program(
     t = jnp.full(x.shape[:1], step.row.t, jnp.int32)
     out = {}
     for name, inputs in networks.items():
-      eps_fn, tables = _eps_fn(ldm, settings, inputs, labels, t[:1])
+      eps_fn, tables = _eps_fn(ldm, inputs, labels, t[:1])
       out[name] = eps_fn(x, t, jax.tree.map(lambda row: row[0], tables))
     return out
 
   return Program(microbatch, microbatch_fn)
 
 
-@functools.lru_cache(maxsize=8)
+@_remembered
 def advance_program(
   ldm: LatentDiffusion,
   settings: SamplerSettings,

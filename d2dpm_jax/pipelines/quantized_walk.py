@@ -114,7 +114,9 @@ class Walk:
         config.sample.correction,
         config.sample.microbatch,
       ),
-      devices.replicate(generation.Inputs(params, state, None, key)),
+      devices.replicate(
+        generation.Inputs(params, state, None, key, model.sampler.scale)
+      ),
       Folder(directory),
     )
 

@@ -248,14 +248,15 @@ def generate(
   labels = np.asarray(labels, np.int32)
   check_labels(model, labels)
   index = np.asarray(index, np.int32)
-  run_batch = batch_runner(
+  runner = batch_runner(
     quantized, correction, channel_wise, absorb, microbatch, seed
   )
   out = []
   with progress.progress('sampling', len(index), 'image') as bar:
     for start in range(0, len(index), batch_size):
       rows = slice(start, start + batch_size)
-      out.append(run_batch(index[rows], labels[rows])['images'])
+      launched = runner.launch(index[rows], labels[rows], batch_size)
+      out.append(launched.fetch('images')['images'])
       bar.update(len(out[-1]))
   return np.concatenate(out), labels
 
@@ -319,6 +320,7 @@ def batch_runner(
     qstate,
     rows,
     noise.seed_key(seed),
+    model.sampler.scale,
   )
   return Runner(program, devices.replicate(inputs))
 

@@ -248,6 +248,7 @@ def _measure_run(
       quantized.executable(),
       None,
       noise.seed_key(model.config.seed),
+      model.sampler.scale,
     )
   )
   total = batch * jax.device_count()

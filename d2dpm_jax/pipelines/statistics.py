@@ -207,7 +207,9 @@ def _fit_full_precision(
     model.params, state, config.quant.float_dtype
   )
   inputs = devices.replicate(
-    generation.Inputs(params, state, None, noise.seed_key(config.seed))
+    generation.Inputs(
+      params, state, None, noise.seed_key(config.seed), model.sampler.scale
+    )
   )
   batches = processes.own(list(_batches(model, spool)))
   total = sum(rows for _, rows, _ in batches)
@@ -215,7 +217,12 @@ def _fit_full_precision(
     for start, rows, batch in batches:
       reused = trajectories.has_array(directory, f'{start:06d}')
       if not reused:
-        eps_q = program(inputs, batch.x[:rows], batch.labels[:rows])
+        eps_q = program(
+          inputs,
+          batch.x[:rows],
+          batch.labels[:rows],
+          room=config.calibration.batch_size,
+        )
         trajectories.write_array(directory, f'{start:06d}', eps_q)
       bar.update(rows, reused=reused)
   processes.wait_for_all('statistics')

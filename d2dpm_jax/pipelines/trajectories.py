@@ -122,7 +122,9 @@ def collect(
       unit,
     )
   inputs = devices.replicate(
-    generation.Inputs(model.params, {}, None, noise_key(seed))
+    generation.Inputs(
+      model.params, {}, None, noise_key(seed), model.sampler.scale
+    )
   )
   starts = tuple(range(0, num_samples, batch_size))
   batches = processes.own(
@@ -137,7 +139,7 @@ def collect(
       reused = all([has_array(directory, name) for name in names])
       if not reused:
         labels = draw_labels(seed, index, max(1, model.num_classes), balanced)
-        out = program(inputs, index.astype(np.int32), labels)
+        out = program(inputs, index.astype(np.int32), labels, room=batch_size)
         batch = Batch(out['x'], out['eps'], labels)
         for name, array in zip(names, batch, strict=True):
           write_array(directory, name, array)

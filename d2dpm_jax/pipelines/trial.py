@@ -66,7 +66,9 @@ def _run(
   params = generation.network_params(
     model.params, state, config.quant.float_dtype
   )
-  inputs = devices.replicate(generation.Inputs(params, state, None, key))
+  inputs = devices.replicate(
+    generation.Inputs(params, state, None, key, model.sampler.scale)
+  )
   timesteps = generation.rows_of(model.ldm, model.sampler).t
   total = len(index) * len(selection.restricted(held_out))
   with progress.progress('trial', total, 'image') as bar:
@@ -74,7 +76,10 @@ def _run(
     def distance(selected: selection.HeldOut) -> float:
       rows = corrections.correction_rows(selected, 'auto', timesteps)
       launched = program.launch(
-        inputs._replace(correction_rows=rows), index, labels
+        inputs._replace(correction_rows=devices.replicate(rows)),
+        index,
+        labels,
+        room=config.calibration.batch_size,
       )
       latents = launched.fetch('latents')['latents']
       bar.update(len(index))
@@ -112,7 +117,7 @@ def _full_precision(
     model.ldm, model.sampler, 'none', microbatch
   )
   key = trajectories.noise_key(model.config.seed)
-  inputs = devices.replicate(generation.Inputs({}, {}, None, key))
+  inputs = devices.replicate(generation.Inputs({}, {}, None, key, None))
   step = generation.step_inputs(inputs, rows, len(rows.t) - 1)
   count = model.config.statistics.num_trials
   batches = [(start, spool.batch(start)) for start in spool.starts]

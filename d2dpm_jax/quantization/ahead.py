@@ -209,7 +209,7 @@ class _Shapes:
     rows = min(self._settings.act_init_samples, streams.samples)
     return learning.search_grids, (
       self._outline.call,
-      tuple(self._layers.items()),
+      learning.quantized_inputs(self._layers),
       self._settings.act_range,
       self._variables,
       self._at(self._outline.batch, streams.whole, rows),

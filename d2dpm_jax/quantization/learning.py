@@ -7,7 +7,7 @@ bits and a few settings is an argument. Paths are those within the unit.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -54,10 +54,23 @@ def forward(
   return _quantized_call(call, variables, grids, batch, whole)
 
 
-@functools.partial(jax.jit, static_argnames=('call', 'layers', 'method'))
+# (path within the unit, bits, reach), see `LayerBits`.
+Inputs = tuple[tuple[str, int, float], ...]
+
+
+def quantized_inputs(layers: Mapping[str, LayerBits]) -> Inputs:
+  """All that a search depends on; bits of kernels are not a part of it."""
+  return tuple(
+    (path, bits.a, bits.reach)
+    for path, bits in layers.items()
+    if bits.a is not None
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('call', 'inputs', 'method'))
 def search_grids(
   call: Call,
-  layers: tuple[tuple[str, LayerBits], ...],
+  inputs: Inputs,
   method: str,
   variables: Any,
   batch: Any,
@@ -67,24 +80,24 @@ def search_grids(
 
   Args:
     call: form of the call of a unit.
-    layers: (path within the unit, bits) of its quantized layers.
+    inputs: of `quantized_inputs`.
     method: a key of `affine.RANGE_METHODS`.
     variables: of the unit.
     batch: arrays with a sample per row.
     whole: the other arrays.
 
   Returns:
-    Path -> grid, one per tensor, of the layers whose input is quantized.
+    Path -> grid, one per tensor.
   """
-  wanted = {path: bits for path, bits in layers if bits.a is not None}
+  wanted = {path: rest for path, *rest in inputs}
   found: Grids = {}
 
   def change(path, x):
     if path not in found:
-      bits = wanted[path]
-      found[path] = affine.range_method(method)(x, bits.a)
-      if bits.reach:
-        found[path] = affine.widen(found[path], bits.reach)
+      bits, reach = wanted[path]
+      found[path] = affine.range_method(method)(x, bits)
+      if reach:
+        found[path] = affine.widen(found[path], reach)
     return affine.fake_quant(x, found[path])
 
   with transform.intercept_inputs(change, wanted):

@@ -140,7 +140,7 @@ class Learner:
     return self.runner.programs.call(
       learning.search_grids,
       visit.call,
-      tuple(visit.layers.items()),
+      learning.quantized_inputs(visit.layers),
       self.settings.act_range,
       streams.fetch(variables),
       streams.fetch(units.take_rows(visit.batch, rows, None)),

@@ -188,6 +188,6 @@ class Program:
 
     return (*shape, used), tuple(map(padded, arrays))
 
-  def __call__(self, inputs: Any, *arrays: np.ndarray) -> Any:
-    """Runs a batch of any size."""
-    return self.launch(inputs, *arrays).fetch()
+  def __call__(self, inputs: Any, *arrays: np.ndarray, room: int = 0) -> Any:
+    """Runs a batch of any size; see `launch`."""
+    return self.launch(inputs, *arrays, room=room).fetch()

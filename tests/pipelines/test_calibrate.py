@@ -215,7 +215,9 @@ def test_more_bits_are_nearer_to_full_precision(tiny, tmp_path):
     model, 12, calibration.batch_size, 2, tmp_path / 'spool'
   )
   program = generation.trajectory_program(model.ldm, model.sampler, 2)
-  other = generation.Inputs(model.params, {}, None, noise.seed_key(99))
+  other = generation.Inputs(
+    model.params, {}, None, noise.seed_key(99), model.sampler.scale
+  )
   labels = np.arange(16, dtype=np.int32) % 4
   held_out = program(other, np.arange(16, dtype=np.int32), labels)
   ratios = {}

@@ -193,6 +193,24 @@ def test_no_program_has_empty_arguments(tiny, calibrated, execution):
   assert all(0 not in x.shape for x in jax.tree.leaves(lowered.args_info))
 
 
+def test_guidance_is_an_argument_of_programs(tiny):
+  """One of them serves all scales, but for 1: the network runs once there."""
+  index = np.arange(8, dtype=np.int32)
+  latents, compiled, operations = [], [], []
+  for scale in (1.0, 2.0, 3.0):
+    model = tiny.with_config('', sampler__guidance_scale=scale)
+    run = sample.batch_runner(
+      artifacts.full_precision(model), 'none', False, False, 1, 0
+    )
+    latents.append(run(index, index % 4)['latents'])
+    compiled.append(run.program._sharded._cache_size())
+    lowered = run.program.lower(run.inputs, index, index % 4)
+    operations.append(lowered.cost_analysis()['flops'])
+  assert compiled[0] < compiled[1] == compiled[2]
+  assert operations[0] < operations[1] == operations[2]
+  assert (latents[1] != latents[2]).any()
+
+
 def test_what_stays_float_is_rounded(tiny, calibrated):
   """Of the quantized network alone, by 2**-8 at most, and as is said."""
   want = traverse_util.flatten_dict(tiny.model.params['unet'])

@@ -41,8 +41,8 @@ class _Toy(latent_diffusion.LatentDiffusion):
 def toy(tiny, monkeypatch):
   """The tiny model with the toy for a network; config overrides -> model."""
 
-  def eps_fn(ldm, settings, inputs, labels, timesteps):
-    del ldm, settings, timesteps
+  def eps_fn(ldm, inputs, labels, timesteps):
+    del ldm, timesteps
 
     def network(x, t, table):
       del table

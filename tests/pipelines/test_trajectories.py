@@ -61,7 +61,7 @@ def test_a_missing_file_is_made_again(spool, tiny, name):
 
 
 def test_what_is_there_is_not_made_again(spool, tiny, monkeypatch):
-  def program(*_):
+  def program(*_, **__):
     raise AssertionError('the network was run')
 
   monkeypatch.setattr(generation, 'trajectory_program', lambda *_: program)
