@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from d2dpm_jax.models.layers import upsample_nearest
 from d2dpm_jax.quantization import integer, transform
 from d2dpm_jax.quantization.integer import IntegerLayer
 from d2dpm_jax.quantization.kernels import norm as norms
@@ -190,6 +189,13 @@ def _padded(layer: FusedLayer, x: Array, value: Array) -> Array:
   return jax.lax.pad(x, value, ends)
 
 
+def _doubled(x: Array) -> Array:
+  """Every pixel of [B, H, W, C] 2 x 2 times."""
+  b, height, width, depth = x.shape
+  x = jnp.broadcast_to(x[:, :, None, :, None], (b, height, 2, width, 2, depth))
+  return x.reshape(b, 2 * height, 2 * width, depth)
+
+
 def _after_upsample(
   module: nn.Module, layers: Layers, x: Array
 ) -> Array | None:
@@ -206,11 +212,11 @@ def _after_upsample(
   # One pass that writes codes, without what reads them.
   codes = jax.lax.optimization_barrier(_quantized(layer, x))
   zero = layer.grid[3].astype(jnp.int8)
-  a = _padded(layer, upsample_nearest(codes), zero)
+  a = _padded(layer, _doubled(codes), zero)
   sums = None
   if layer.shift is not None:
     sums = jnp.sum(codes, -1, dtype=jnp.int32, keepdims=True)
-    sums = _padded(layer, upsample_nearest(sums), zero * jnp.int32(depth))
+    sums = _padded(layer, _doubled(sums), zero * jnp.int32(depth))
     sums = sums[..., 0]
   return _product(module, layer, a, sums, None)
 
