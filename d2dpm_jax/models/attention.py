@@ -37,7 +37,12 @@ class CrossAttention(nn.Module):
       norm: what `x` goes through first, in attention to itself; then `x` is
         added to the result.
       constant: float[B, 1, D], added to that.
+
+    Raises:
+      ValueError: there is a constant and no norm.
     """
+    if constant is not None and norm is None:
+      raise ValueError('A constant is added where there is a norm.')
     width = x.shape[-1]
     dense = functools.partial(layers.Dense, width, dtype=self.dtype)
     to_q, to_k, to_v = (

@@ -4,13 +4,14 @@ Projections of the timestep embedding depend on the timestep alone, and a
 sampler knows all of its timesteps before it begins. Cross-attention to one
 token is `to_out(to_v(token))` for every query, whatever the query: a softmax
 over one key is 1. Both are computed once, by the layers of the network itself,
-quantized or not, and put in place of these layers afterwards:
+quantized or not, and put in place of these layers afterwards; what attention
+would add, the layer before it does:
 
   constants = folding.compute(network, latent_shape, t, context)
   eps = folding.apply(network, row, by_image, x)   # In every step.
 
 The numbers are the same; only the order of sums in a matrix product may
-depend on how many rows it has.
+depend on how many rows it has, and fused kernels round a sum of three once.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class _Steps(nn.Module):
     residual: jax.Array,
     constant: jax.Array | None = None,
   ) -> jax.Array:
-    """The layer's output, a residual, and a constant float[B, 1, D]."""
+    """The layer's output, a residual, a constant float[B, 1, .., D]."""
     y = residual + self(x)
     return y if constant is None else constant + y
 

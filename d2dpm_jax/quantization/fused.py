@@ -5,7 +5,8 @@ bound by memory. Here a product rescales, adds its residual and writes bfloat16,
 or codes if a gate follows; a norm writes the padded codes of the convolution
 behind it. The layers say what they do together (`layers.Conv.after_norm`,
 ..), and these are the same steps in fewer kernels; numbers differ from them in
-how often they are rounded to bfloat16, and in last bits of exp and division.
+how often they are rounded to bfloat16, in last bits of exp and division, and by
+6e-5 in GELU.
 
 Kernels: `d2dpm_jax/quantization/kernels`, for NVIDIA Hopper, where layers
 compute in bfloat16, on shapes that fit tiles. All else falls back to `integer`.

@@ -90,6 +90,9 @@ def test_longer_contexts_are_attended_to():
     lambda: folding.compute(network, x.shape[1:], t, context)
   )
   assert constants.by_step and not constants.by_image
+  plain = folding.Constants({}, {})
+  got = folding.apply(network, plain, x, t[:1].repeat(len(x)), context)
+  np.testing.assert_array_equal(got, network(x, t[:1].repeat(len(x)), context))
 
 
 @pytest.mark.parametrize('execution', ['integer', 'simulated'])

@@ -148,6 +148,8 @@ def product(
     raise ValueError(
       f'{rows.total} rows, a kernel {k.shape} and {tiles} do not fit.'
     )
+  if tiles.stages < 2:
+    raise ValueError(f'{tiles} leave no room to copy while others multiply.')
   _check(epilogue, n, dtype, rows, tiles)
   given = {key: x for key, x in epilogue._asdict().items() if x is not None}
   if 'shift' not in given:
@@ -195,15 +197,15 @@ def _check(
   """Raises ValueError for what would be read out of bounds, or wrongly."""
   for name in ('scale', 'bias', 'shift', 'correction'):
     x = getattr(epilogue, name)
-    if x is not None and x.shape[-1:] != (n,):
+    if x is None or x.shape == (n,):
+      continue
+    if name != 'bias' or x.ndim != 2 or x.shape[1] != n:
       raise ValueError(f'{name} {x.shape} of {n} outputs.')
-  bias = epilogue.bias
-  if (
-    bias is not None
-    and bias.ndim == 2
-    and rows.total % (len(bias) * tiles.rows)
-  ):
-    raise ValueError(f'A bias {bias.shape} of {rows.total} rows and {tiles}.')
+    if rows.total % (len(x) * tiles.rows):
+      raise ValueError(f'A bias {x.shape} of {rows.total} rows and {tiles}.')
+  sums = epilogue.row_sums
+  if sums is not None and sums.shape != (rows.total,):
+    raise ValueError(f'Sums {sums.shape} of {rows.total} rows.')
   if epilogue.residual is not None:
     if epilogue.grid is not None:
       raise ValueError('A gated layer has no residual.')

@@ -1,4 +1,4 @@
-"""Norm, SiLU, quantization and padding in one pass; Pallas, Triton."""
+"""Norms with what comes behind, in one pass, and moments; Pallas, Triton."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Tiles:
   """Sizes of a tile, powers of two, and what a program has.
 
   Attributes:
-    pixels: of a padded image.
+    pixels: of an image, which may be padded.
     channels: taken at a time; divides C.
     warps: of 32 threads.
   """

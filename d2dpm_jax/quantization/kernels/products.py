@@ -30,6 +30,7 @@ LEAST_CHANNELS = 64  # Channels that a tile must be able to have.
 _LINE = 8  # Rows that shared memory has together, of images in a tile.
 _WIDTHS = (192, 256, 224, 128, 96, 64)  # Columns of a tile, the best first.
 _EVEN_WIDTHS = (256, 128)  # Of two halves.
+_FLOAT_WIDTHS = (128, 96, 64, 224)  # Of a result in float32.
 
 
 def _width(n: int, widths: tuple[int, ...] = _WIDTHS) -> int:
@@ -263,9 +264,11 @@ def conv(
     which, at = places(first)
     return [ref.at[which, pixel, columns] for pixel in at]
 
-  if epilogue.shift is not None:
-    row_sums = _window_sums(a, epilogue.row_sums, images)
-    epilogue = epilogue._replace(row_sums=row_sums)
+  sums = epilogue.row_sums
+  if sums is not None and sums.shape != a.shape[:-1]:
+    raise ValueError(f'Sums {sums.shape} of the pixels of {a.shape}.')
+  sums = None if epilogue.shift is None else _window_sums(a, sums, images)
+  epilogue = epilogue._replace(row_sums=sums)
   if epilogue.residual is not None:
     residual = epilogue.residual.reshape(b, pixels, n)
     epilogue = epilogue._replace(residual=residual)
@@ -293,7 +296,7 @@ def _window_sums(a: Array, sums: Array | None, images: int) -> Array:
 
 
 def _conv_tiles(rows: int, depth: int, n: int, size: int = 2) -> Tiles:
-  columns = _width(n)
+  columns = _width(n, _WIDTHS if size == 2 else _FLOAT_WIDTHS)
   k, tall = _deepest(depth), 128
   if k == 64 and columns <= 192 and rows % (hopper.WARPGROUPS * tall) == 0:
     return _tiles(tall, columns, k, columns * size)

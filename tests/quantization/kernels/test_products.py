@@ -97,8 +97,14 @@ def test_parts_of_the_rows_have_biases_of_their_own():
   total = a.astype(jnp.int32) @ k.T.astype(jnp.int32)
   rows = epilogue._replace(bias=jnp.repeat(bias, m // 3, axis=0))
   _equal(got, _rescaled(total, None, rows))
-  with pytest.raises(ValueError, match='A bias'):
-    products.linear(a[:256], k, epilogue, interpret=_params())
+  for wrong, what in (
+    ({'bias': bias[:2, :32]}, 'bias'),
+    ({'bias': bias.repeat(3, 0)}, 'A bias'),
+    ({'scale': jnp.ones((2, n))}, 'scale'),
+    ({'row_sums': jnp.ones(3, jnp.int32)}, 'Sums'),
+  ):
+    with pytest.raises(ValueError, match=what):
+      products.linear(a, k, epilogue._replace(**wrong), interpret=_params())
 
 
 @pytest.mark.parametrize(
@@ -179,8 +185,11 @@ def test_the_tiles_that_are_chosen_fit_shared_memory():
         assert products.fit(rows, depth, n)
         found = [products._linear_tiles(jnp.zeros((n, depth), jnp.int8))]
         found.append(products._conv_tiles(rows, depth, n))
+        found.append(products._conv_tiles(rows, depth, n, size=4))
         if n % 128 == 0:
           found.append(products._gated_tiles(jnp.zeros((n, depth), jnp.int8)))
         for tiles in found:
-          assert n % tiles.n == 0 and depth % tiles.k == 0 and tiles.stages > 2
+          assert n % tiles.n == 0 and depth % tiles.k == 0
+          # Results in float32, 224 columns wide, leave room for two.
+          assert tiles.stages > 2 or (tiles.stages, tiles.n) == (2, 224)
           assert tiles.n % 32 == 0 and rows % tiles.height == 0
