@@ -52,7 +52,9 @@ WARPGROUPS = 2  # That multiply.
 _ONES = 8  # Columns of ones that sum up rows; the least that WGMMA takes.
 _REGISTERS = (40, 232)  # Of a thread that copies, and one that multiplies.
 _MULTIPROCESSORS = 132
-_ROUND = np.float32(1.5 * 2**23)
+# Added to a float32 of size up to 2**22, this rounds it half to even, and
+# leaves the whole number in the low bits.
+ROUND = np.float32(1.5 * 2**23)
 # x P(x^2) is the normal distribution function less 1/2, for |x| <= 4.5, and 1/2
 # at the end; of all P of ten numbers the one whose x^2 P(x^2) is closest.
 _NORMAL_END = np.float32(4.5)
@@ -460,8 +462,8 @@ class _Block:
       y *= _gelu(rescaled(1))
       numbers = refs['grid']
       y = jnp.minimum(jnp.maximum(y * numbers[0], numbers[1]), numbers[2])
-      # Rounds, and leaves whole numbers in the low bits; see `norm`.
-      y = lax.bitcast_convert_type(y + (_ROUND + numbers[3]), jnp.int32)
+      # Rounds, and leaves whole numbers in the low bits.
+      y = lax.bitcast_convert_type(y + (ROUND + numbers[3]), jnp.int32)
     staged[...] = y.astype(plan.dtype)
 
   def _rescaled(

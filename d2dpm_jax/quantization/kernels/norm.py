@@ -12,14 +12,11 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from d2dpm_jax.quantization.kernels.hopper import divide
+from d2dpm_jax.quantization.kernels.hopper import ROUND, divide
 
 Array = jax.Array
 
-# Added to a float32 of size up to 2**22, this rounds it half to even, and
-# leaves the whole number in the low bits.
-_ROUND = np.float32(1.5 * 2**23)
-_ROUND_BITS = int(_ROUND.view(np.int32))
+_ROUND_BITS = int(ROUND.view(np.int32))
 _LOG2E = float(np.log2(np.e))
 _PIXELS_SUMMED = 512  # By one program, in `group_affine`.
 
@@ -386,7 +383,7 @@ def layer_norm_quantize(
 
 def _rounded(y: Array, low: Array, high: Array) -> Array:
   """int32, clipped and then rounded half to even."""
-  y = jnp.minimum(jnp.maximum(y, low), high) + _ROUND
+  y = jnp.minimum(jnp.maximum(y, low), high) + ROUND
   return jax.lax.bitcast_convert_type(y, jnp.int32) - _ROUND_BITS
 
 

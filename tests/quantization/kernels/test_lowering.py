@@ -12,12 +12,12 @@ _BATCH = 128
 _LEVELS = [(64, 192), (32, 384), (16, 576), (8, 960)]
 
 
-def _lower(f, *args):
+def _lowered(f, *args):
   device = jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'gpu')
   mesh = jax.sharding.AbstractMesh((1,), ('x',), abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh):
     lowered = jax.jit(f).trace(*args).lower(lowering_platforms=('cuda',))
-  assert 'custom_call' in lowered.as_text()
+  return lowered.as_text()
 
 
 def _epilogue(n, residual=None, grid=None):
@@ -35,7 +35,7 @@ def _epilogue(n, residual=None, grid=None):
 @pytest.mark.parametrize('side, channels', _LEVELS[1:3])
 def test_linear_layers(side, channels):
   m = _BATCH * side**2
-  _lower(
+  assert 'custom_call' in _lowered(
     products.linear,
     _S((m, channels), jnp.int8),
     _S((channels, channels), jnp.int8),
@@ -46,7 +46,7 @@ def test_linear_layers(side, channels):
 @pytest.mark.parametrize('side, channels', [_LEVELS[1], _LEVELS[-1]])
 def test_gated_layers(side, channels):
   m, n = _BATCH * side**2, 8 * channels
-  _lower(
+  assert 'custom_call' in _lowered(
     products.gated,
     _S((m, channels), jnp.int8),
     _S((n, channels), jnp.int8),
@@ -57,7 +57,7 @@ def test_gated_layers(side, channels):
 @pytest.mark.parametrize('batch', [16, _BATCH])
 @pytest.mark.parametrize('side, channels', [_LEVELS[0], _LEVELS[-1]])
 def test_convolutions(batch, side, channels):
-  _lower(
+  assert 'custom_call' in _lowered(
     products.conv,
     _S((batch, side + 2, side + 2, channels), jnp.int8),
     _S((channels, 9 * channels), jnp.int8),
@@ -69,14 +69,16 @@ def test_convolutions(batch, side, channels):
 def test_norms(side, channels):
   x = _S((_BATCH, side, side, channels), jnp.bfloat16)
   every, each = (_S((*n, channels), jnp.float32) for n in ((), (_BATCH,)))
-  _lower(norm.norm_silu_quantize, x, each, each, _S((4,), jnp.float32))
-  _lower(norm.group_affine, x, every, every, each)
+  assert 'custom_call' in _lowered(
+    norm.norm_silu_quantize, x, each, each, _S((4,), jnp.float32)
+  )
+  assert 'custom_call' in _lowered(norm.group_affine, x, every, every, each)
 
 
 @pytest.mark.parametrize('side, channels', _LEVELS[1:])
 def test_layer_norms(side, channels):
   grid = _S((4,), jnp.float32)
-  _lower(
+  assert 'custom_call' in _lowered(
     norm.layer_norm_quantize,
     _S((_BATCH * side**2, channels), jnp.bfloat16),
     _S((channels,), jnp.bfloat16),

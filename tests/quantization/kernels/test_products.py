@@ -45,7 +45,7 @@ def _rescaled(total, sums, epilogue):
   return y if epilogue.residual is None else y + epilogue.residual
 
 
-def _equal(got, want):
+def _assert_equal(got, want):
   """Whether they are equal but for the last bit of bfloat16."""
   got = np.asarray(got).astype(np.float32)
   assert got.shape == want.shape
@@ -84,7 +84,7 @@ def test_a_linear_layer_is_that_of_plain_jax(names):
     interpret=_params(),
   )
   total = a.astype(jnp.int32) @ k.T.astype(jnp.int32)
-  _equal(got, _rescaled(total, sums, epilogue))
+  _assert_equal(got, _rescaled(total, sums, epilogue))
 
 
 def test_parts_of_the_rows_have_biases_of_their_own():
@@ -96,7 +96,7 @@ def test_parts_of_the_rows_have_biases_of_their_own():
   got = products.linear(a, k, epilogue, interpret=_params())
   total = a.astype(jnp.int32) @ k.T.astype(jnp.int32)
   rows = epilogue._replace(bias=jnp.repeat(bias, m // 3, axis=0))
-  _equal(got, _rescaled(total, None, rows))
+  _assert_equal(got, _rescaled(total, None, rows))
   for wrong, what in (
     ({'bias': bias[:2, :32]}, 'bias'),
     ({'bias': bias.repeat(3, 0)}, 'A bias'),
@@ -144,7 +144,7 @@ def test_a_convolution_is_that_of_plain_jax(images, rows, names):
     )
 
   sums = windows(jnp.ones((3, 3, depth, 1), jnp.int8))
-  _equal(got, _rescaled(windows(kernel), sums, epilogue))
+  _assert_equal(got, _rescaled(windows(kernel), sums, epilogue))
 
 
 def test_a_gated_layer_returns_codes():
